@@ -1,0 +1,95 @@
+"""The algorithm of every tier: run the next segment, look at its exit head, answer or go on. Pure.
+
+What is unfinished when the local segments run out is the caller's to send up; nothing here knows of links.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.datatypes import ExitOutput, Features, Tensor
+from runtime.manifest import Bundle
+from runtime.policy import ExitPolicy, classify
+from runtime.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A contiguous range of segments with their exit heads."""
+
+    bundle: Bundle
+    segments: Mapping[int, Segment]  # by segment index; contiguous
+    heads: Mapping[int, Segment]  # by the cut they hang at
+
+    @property
+    def first(self) -> int:
+        """The shallowest cut this tier can start from."""
+        return min(self.segments)
+
+    @property
+    def last(self) -> int:
+        """The deepest segment this tier runs."""
+        return max(self.segments)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one frame in one tier."""
+
+    features: Features | None  # unfinished: the features behind the tier's last segment; None when answered
+    answer: ExitOutput | None  # what may stand as the answer
+    best: ExitOutput | None  # the deepest exit's word, confident or not: the answer when everything above is gone
+    timings: dict[str, float] = field(default_factory=dict)  # stage → ms; a batch's time counts for each of its frames
+
+
+def run(batch: Sequence[Features], tier: Tier, policy: ExitPolicy) -> list[Outcome]:
+    """Run the frames of `batch`, which may lie at different cuts, through the tier's segments.
+
+    Frames join the batch at their own cut and leave it at the exit that answers them.
+
+    Returns:
+        One Outcome for each of `batch`, in its order: an answer, or features at cut `tier.last + 1`.
+    """
+    outcomes = [Outcome(features, None, None) for features in batch]
+    for index in range(min(features.cut for features in batch), tier.last + 1):
+        rows = [row for row, outcome in enumerate(outcomes) if _at(outcome, index)]
+        if not rows:
+            continue
+        start = time.perf_counter_ns()
+        output = tier.segments[index].run(_stack([outcomes[row] for row in rows]))
+        _charge(outcomes, rows, f"segment{index}", start)
+        for position, row in enumerate(rows):
+            outcomes[row].features = Features(index + 1, output[position : position + 1])
+        spec = tier.bundle.exit_at(index + 1)
+        if spec is None:
+            continue
+        start = time.perf_counter_ns()
+        head = tier.heads.get(spec.cut)
+        logits = output if head is None else head.run(output)
+        for position, row in enumerate(rows):
+            said = classify(logits[position], spec)
+            outcomes[row].best = said
+            if policy.answers(said):
+                outcomes[row].answer = said
+                outcomes[row].features = None
+        _charge(outcomes, rows, f"exit{spec.cut}", start)
+    return outcomes
+
+
+def _at(outcome: Outcome, cut: int) -> bool:
+    return outcome.features is not None and outcome.features.cut == cut
+
+
+def _stack(outcomes: Sequence[Outcome]) -> Tensor:
+    tensors = [outcome.features.tensor for outcome in outcomes if outcome.features is not None]
+    return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
+
+def _charge(outcomes: Sequence[Outcome], rows: Sequence[int], stage: str, start_ns: int) -> None:
+    elapsed_ms = (time.perf_counter_ns() - start_ns) / 1e6
+    for row in rows:
+        outcomes[row].timings[stage] = elapsed_ms

@@ -1,0 +1,198 @@
+"""Settings of a device and of a node: TOML for people, one definition for name, type and default.
+
+The least that works is a broker and a bundle; write down only what differs from the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+
+from runtime.errors import ConfigError
+from runtime.topics import valid_id
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class BrokerConfig(_Struct, frozen=True):
+    """How to reach an MQTT broker."""
+
+    host: str
+    port: Port = 1883
+    kind: Literal["mqtt", "memory"] = "mqtt"
+    username: str | None = None
+    password_file: str | None = None  # a file, so that no secret stands in a config
+    ca_file: str | None = None  # given: TLS, and the broker's certificate must be signed by this
+    cert_file: str | None = None
+    key_file: str | None = None
+    keepalive_s: Positive = 15
+    max_unsent_messages: Positive = 64  # what waits for the socket; more is refused and counted
+    max_unsent_bytes: Positive = 8 * 1024 * 1024
+
+
+class CameraConfig(_Struct, frozen=True):
+    """Where frames come from."""
+
+    kind: Literal["opencv", "replay"] = "opencv"
+    source: str = "0"  # V4L2 index, URL or GStreamer string; for replay a video file or a folder of images
+    width: Positive | None = None  # asked of a V4L2 camera; it may give something else
+    height: Positive | None = None
+    max_fps: Annotated[float, msgspec.Meta(gt=0)] | None = None  # more frames than this are not worth answering
+    realtime: bool = (
+        True  # replay: at the clip's own pace, the latest frame wins; false: every frame, as fast as it goes
+    )
+    loop: bool = False  # replay: start again at the end
+    first_frame: Annotated[int, msgspec.Meta(ge=0)] = 0  # replay
+    frames: Positive | None = None  # replay: stop after so many
+    open_timeout_s: Seconds = 10.0
+    read_timeout_s: Seconds = 5.0  # no frame for so long: the camera is stalled and is opened again
+
+
+class DeviceConfig(_Struct, frozen=True):
+    """Everything `kinflow device` can be told."""
+
+    bundle: str
+    broker: BrokerConfig
+    site: str = "home"
+    id: str = ""  # default: the host's name
+    camera: dict[str, CameraConfig] = {"cam0": CameraConfig()}
+    last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # deepest local segment; default: the bundle's
+    early_exits: bool = True
+    codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself
+    budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
+    max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
+    threads: Positive = 1
+    stats_interval_s: Seconds = 60.0
+
+
+class UplinkConfig(_Struct, frozen=True):
+    """The next tier above a node."""
+
+    broker: BrokerConfig | None = None  # default: the broker this node serves on
+    site: str | None = None  # default: this node's site
+    codec: str = "raw"
+    max_in_flight: Positive = 64
+
+
+class NodeConfig(_Struct, frozen=True):
+    """Everything `kinflow node` can be told. A node with an uplink is an edge node, one without is the cloud."""
+
+    bundle: str
+    broker: BrokerConfig
+    site: str = "home"
+    id: str = ""  # default: the host's name
+    tier: str | None = None  # name of this tier in results; default: edge with an uplink, cloud without
+    serves: Literal["devices", "nodes"] = "devices"
+    pool: str | None = None  # share the work with other nodes of this name ($share); not on the embedded broker
+    uplink: UplinkConfig | None = None
+    last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # default: the bundle's for this tier
+    early_exits: bool = True
+    max_batch_size: Positive = 8
+    max_queue_delay_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # how long a frame may wait for company
+    max_queue_frames: Positive = 256
+    max_queue_bytes: Positive = 64 * 1024 * 1024
+    threads: Positive = 1
+    stats_interval_s: Seconds = 60.0
+
+
+Config = TypeVar("Config", DeviceConfig, NodeConfig)
+
+
+def load(path: Path, kind: type[Config]) -> Config:
+    """Read a TOML file as a DeviceConfig or a NodeConfig; a relative bundle path is taken from the file's folder.
+
+    Raises:
+        ConfigError: the file cannot be read or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config {path} cannot be read: {error}") from error
+    config = parse(text, kind, name=str(path))
+    return msgspec.structs.replace(config, bundle=str(path.parent / config.bundle))
+
+
+def parse(text: str, kind: type[Config], name: str = "config") -> Config:
+    """Read TOML text as a DeviceConfig or a NodeConfig.
+
+    Raises:
+        ConfigError: one sentence with the path of the key, and the nearest key that exists.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not TOML: {error}") from error
+    try:
+        config = msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {_sentence(str(error), kind)}") from error
+    if not config.id:
+        config = msgspec.structs.replace(config, id=re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host")
+    _check(config, name)
+    return config
+
+
+def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
+    levels = {"site": config.site, "id": config.id}
+    if isinstance(config, DeviceConfig):
+        if not config.camera:
+            raise ConfigError(f"{name}: camera is empty; name at least one camera or leave the table out")
+        levels.update({f"camera.{camera}": camera for camera in config.camera})
+    else:
+        levels.update({"pool": config.pool} if config.pool is not None else {})
+        if config.uplink is not None and config.uplink.site is not None:
+            levels["uplink.site"] = config.uplink.site
+    for key, value in levels.items():
+        if not valid_id(value):
+            raise ConfigError(
+                f"{name}: {key}: {value!r} must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
+            )
+
+
+def _sentence(message: str, kind: type[Any]) -> str:
+    """Turn msgspec's words into ours: the path first, and the nearest known key."""
+    problem, _, path = message.partition(" - at `$.")
+    path = path.rstrip("`").replace("[...]", ".*")
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
+    if unknown:
+        key = unknown[1]
+        full = f"{path}.{key}" if path else key
+        known = _fields_at(kind, path.split(".") if path else [])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+        return f"{full}: unknown key{hint}"
+    missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
+    if missing:
+        return f"{path}.{missing[1]}: missing" if path else f"{missing[1]}: missing"
+    return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
+
+
+def _fields_at(kind: type[Any], path: list[str]) -> list[str]:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    if not path:
+        return list(fields)
+    inner = fields.get(path[0])
+    rest = path[1:]
+    structs = [
+        part for part in (inner, *get_args(inner)) if isinstance(part, type) and issubclass(part, msgspec.Struct)
+    ]
+    if rest and rest[0] == "*":
+        rest = rest[1:]
+    return _fields_at(structs[0], rest) if structs else []

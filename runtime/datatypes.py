@@ -1,0 +1,63 @@
+"""What flows: a Frame becomes Features, an exit head turns Features into an ExitOutput, an answer is a Result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (height, width, 3), RGB
+Tensor: TypeAlias = NDArray[Any]  # (batch, ...), uint8 or float32, C-contiguous
+Logits: TypeAlias = NDArray[np.float32]  # (classes,)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One picture, stamped when it was grabbed; it owns its pixels."""
+
+    camera: str
+    captured_ns: int  # time.monotonic_ns() at the grab
+    pixels: Pixels
+    index: int  # position in the source: counts what the camera gave, dropped frames included
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The tensor at a cut for one frame. Cut 0 is the frame as the model sees it: uint8 (1, height, width, 3)."""
+
+    cut: int
+    tensor: Tensor  # (1, ...)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitOutput:
+    """What an exit says of one frame. Scores are probabilities after the exit's temperature."""
+
+    exit: int  # the cut at which the exit head hangs; the last exit is the model's own
+    label_index: int
+    confidence: float  # 0..1, the greatest score
+    topk: tuple[tuple[int, float], ...]  # (label index, score), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An answer as applications see it. `degraded` says why this is not the answer that was aimed for, or is None."""
+
+    camera: str
+    frame: int  # Frame.index
+    label: str
+    label_index: int
+    confidence: float
+    topk: tuple[tuple[str, float], ...]
+    tier: str  # the tier that answered: its name in the bundle, e.g. "device"
+    exit: int
+    agreement: float | None  # the agreement that this exit was fitted to keep; 1.0 for the model's own
+    codec: str | None  # the codec the device sent with; None when nothing was sent
+    cut: int | None  # the cut the device sent at
+    bytes_up: int  # every byte of MQTT that this frame cost on its way up from the device
+    age_ms: float  # from the grab to this answer, on the device's monotonic clock
+    timings: Mapping[str, float] = field(default_factory=dict)  # stage → ms; the stages of a node carry its tier
+    degraded: str | None = None

@@ -1,0 +1,281 @@
+"""The bundle's manifest: one definition, loaded by every tier and saved by `export` (docs/bundle.md).
+
+The manifest lists every file with its size and SHA-256, and the SHA-256 of the manifest itself is the bundle id, so
+one id stands for every byte that decides an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+
+from runtime.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ID_BYTES = 8  # of the bundle id, in a packet and in a topic
+# Files that may lie beside the contract without being part of it: measurements, which differ from machine to machine.
+NOTES = ("atlas.json", "atlas.html", "profile.json")
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class FileSpec(_Struct, frozen=True):
+    """One file of the bundle."""
+
+    path: str  # relative, with forward slashes
+    size_bytes: int
+    sha256: str
+
+
+class PreprocessSpec(_Struct, frozen=True):
+    """How a frame of any size becomes the model's pixels, uint8 (1, height, width, 3) RGB.
+
+    Scaling to the numbers that the network was trained on is part of segment 0, so cut 0 is plain pixels.
+    """
+
+    height: int
+    width: int
+    fit: Literal["crop", "stretch"] = "crop"  # crop: the centre, at the model's aspect ratio
+    crop_ratio: float = 1.0  # share of the largest such crop that is kept
+
+
+class RateSpec(_Struct, frozen=True):
+    """One operating point of a codec, with what it was measured to cost on held-back frames."""
+
+    parameter: float  # the codec's own: JPEG quality; 0 where a codec has none
+    bytes_p50: int | None = None  # payload without the packet header
+    bytes_p95: int | None = None
+
+
+class CodecSpec(_Struct, frozen=True):
+    """A codec that a cut can be sent with."""
+
+    name: str  # a key of runtime.codec.CODECS
+    rates: tuple[RateSpec, ...]
+
+
+class CutSpec(_Struct, frozen=True):
+    """A place where features may leave a tier. Cut k lies before segment k; the last cut is the model's output."""
+
+    after: str  # the last layer before the cut, in words of the source model
+    tensor: str  # the tensor's name in the source graph
+    shape: tuple[int, ...]  # without the batch
+    dtype: Literal["uint8", "float32"]
+    codecs: tuple[CodecSpec, ...] = ()
+
+
+class SegmentSpec(_Struct, frozen=True):
+    """The layers between cut k and cut k + 1: one ONNX file with one input and one output."""
+
+    file: str
+    macs: int  # multiply-accumulates for one frame
+    max_batch_size: int = 1  # the largest batch for which each answer was proved equal to that of a batch of one
+
+
+class Measured(_Struct, frozen=True):
+    """What an exit did on the frames it was judged on, none of which had a part in fitting it."""
+
+    coverage: float  # share of frames it answers
+    agreement: float | None  # among the answered; None when there were none
+    agreement_low: float | None  # 95 % Clopper-Pearson interval
+    agreement_high: float | None
+    answered: int
+    n: int
+
+
+class ExitSpec(_Struct, frozen=True):
+    """An exit head. The last exit has no file: its logits are the last segment's output."""
+
+    cut: int
+    file: str | None
+    temperature: float
+    threshold: float | None  # least confidence at which it answers; None: never before the uplink is lost
+    agreement: float  # the target the threshold was chosen for; 1.0 for the last exit
+    measured: Measured | None = None
+
+
+class TierSpec(_Struct, frozen=True):
+    """The share of the chain a tier takes unless its config says otherwise."""
+
+    name: str
+    last_segment: int
+
+
+class Provenance(_Struct, frozen=True):
+    """Where the bundle comes from."""
+
+    source: str
+    tools: dict[str, str]  # name → version
+    target: str
+    quantization: str
+    opset: int
+    seed: int
+    frames: dict[str, int]  # role (fit, threshold, judge) → count
+    frames_sha256: str  # over the pixels of all frames, in order
+
+
+class Manifest(_Struct, frozen=True):
+    """The contract that all tiers share."""
+
+    format: int
+    name: str
+    task: Literal["classify"]
+    labels: str  # file with one label a line
+    preprocess: PreprocessSpec
+    segments: tuple[SegmentSpec, ...]
+    cuts: tuple[CutSpec, ...]  # one more than segments
+    exits: tuple[ExitSpec, ...]  # by cut, the model's own last
+    tiers: tuple[TierSpec, ...]
+    golden: str  # .npz: frames, cut_1 … cut_S: inputs and what every segment made of them
+    proof: dict[str, float]  # what export measured before it dared to write this
+    provenance: Provenance
+    files: tuple[FileSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk whose manifest has been read and whose structure has been checked."""
+
+    path: Path
+    manifest: Manifest
+    id: str  # 64 hexadecimal digits
+    labels: tuple[str, ...]
+
+    @property
+    def key(self) -> bytes:
+        """The part of the id that packets carry."""
+        return bytes.fromhex(self.id)[:ID_BYTES]
+
+    @property
+    def key8(self) -> str:
+        """The part of the id that topics carry: 8 hexadecimal digits."""
+        return self.id[:8]
+
+    def exit_at(self, cut: int) -> ExitSpec | None:
+        """The exit that hangs at `cut`, if there is one."""
+        return next((spec for spec in self.manifest.exits if spec.cut == cut), None)
+
+    def file(self, relative: str) -> Path:
+        """The path of a listed file, after checking its SHA-256.
+
+        Raises:
+            BundleError: the file is not listed, is missing, or is not the one that was exported.
+        """
+        spec = next((spec for spec in self.manifest.files if spec.path == relative), None)
+        if spec is None:
+            raise BundleError(f"{relative} is not in the manifest's list of files; export the bundle again")
+        return _verified(self.path, spec)
+
+
+def save(manifest: Manifest, directory: Path) -> str:
+    """Write `manifest` into `directory` and return the bundle id."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    (directory / MANIFEST).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(path: Path) -> Bundle:
+    """Read the bundle at `path` and check its structure, and that every file is there with its size.
+
+    Digests are checked when a file is used (`Bundle.file`) or by `verify_files`.
+
+    Raises:
+        BundleError: with one sentence that says what is wrong.
+    """
+    try:
+        data = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: {MANIFEST} cannot be read ({error.strerror})") from error
+    manifest = _decode(data)
+    _check_structure(manifest)
+    for spec in manifest.files:
+        _present(path, spec)
+    bundle = Bundle(path=path, manifest=manifest, id=hashlib.sha256(data).hexdigest(), labels=())
+    labels = bundle.file(manifest.labels).read_text("utf-8").splitlines()
+    return Bundle(path=path, manifest=manifest, id=bundle.id, labels=tuple(labels))
+
+
+def verify_files(bundle: Bundle) -> None:
+    """Check the SHA-256 of every file, and that nothing lies in the bundle that the manifest does not know.
+
+    Raises:
+        BundleError: names the first file that is wrong.
+    """
+    known = {spec.path for spec in bundle.manifest.files}
+    for spec in bundle.manifest.files:
+        _verified(bundle.path, spec)
+    for path in sorted(bundle.path.rglob("*")):
+        relative = path.relative_to(bundle.path).as_posix()
+        if path.is_file() and relative not in known and relative != MANIFEST and relative not in NOTES:
+            raise BundleError(f"{relative} lies in the bundle but not in its manifest; remove it")
+
+
+def _decode(data: bytes) -> Manifest:
+    try:
+        number = msgspec.json.decode(data, type=_Format).format
+        if number > FORMAT:
+            raise BundleError(f"the bundle has format {number}, this Kinflow reads up to {FORMAT}; update Kinflow")
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{MANIFEST} is damaged: {error}") from error
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def _check_structure(manifest: Manifest) -> None:
+    segments = len(manifest.segments)
+    if segments == 0 or len(manifest.cuts) != segments + 1:
+        raise BundleError(
+            f"{MANIFEST} is damaged: {segments} segments need {segments + 1} cuts, not {len(manifest.cuts)}"
+        )
+    cuts = [spec.cut for spec in manifest.exits]
+    if cuts != sorted(set(cuts)) or not cuts or cuts[-1] != segments or cuts[0] < 1:
+        raise BundleError(f"{MANIFEST} is damaged: exits must be in order and end with the model's own, not {cuts}")
+    if any((spec.file is None) != (spec.cut == segments) for spec in manifest.exits):
+        raise BundleError(f"{MANIFEST} is damaged: every exit but the last needs a file")
+    lasts = [spec.last_segment for spec in manifest.tiers]
+    if lasts != sorted(set(lasts)) or not lasts or lasts[-1] != segments - 1 or lasts[0] < 0:
+        raise BundleError(f"{MANIFEST} is damaged: tiers must take all {segments} segments in order, not {lasts}")
+    listed = {spec.path for spec in manifest.files}
+    used = [manifest.labels, manifest.golden, *(spec.file for spec in manifest.segments)]
+    for name in [*used, *(spec.file for spec in manifest.exits if spec.file is not None)]:
+        if name not in listed:
+            raise BundleError(f"{MANIFEST} is damaged: {name} is used but not in the list of files")
+
+
+def _contained(root: Path, relative: str) -> Path:
+    pure = PurePosixPath(relative)
+    path = root / relative
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{relative} points outside the bundle; do not use this bundle")
+    return path
+
+
+def _present(root: Path, spec: FileSpec) -> Path:
+    path = _contained(root, spec.path)
+    if not path.is_file():
+        raise BundleError(f"{spec.path} is missing from the bundle; copy the bundle again")
+    size = path.stat().st_size
+    if size != spec.size_bytes:
+        raise BundleError(f"{spec.path} has {size} bytes, the manifest says {spec.size_bytes}; copy the bundle again")
+    return path
+
+
+def _verified(root: Path, spec: FileSpec) -> Path:
+    path = _present(root, spec)
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != spec.sha256:
+        raise BundleError(f"{spec.path} is not the file that was exported: its SHA-256 differs; copy the bundle again")
+    return path

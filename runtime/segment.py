@@ -1,0 +1,59 @@
+"""The segment seam: anything that turns the tensor at one cut into the tensor at the next.
+
+Exit heads are run through the same seam: their output is the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Protocol
+
+from runtime.datatypes import Tensor
+from runtime.manifest import Bundle
+
+RUNNERS = {"onnx": "runtime.segment_onnx:OnnxSegment"}
+
+
+class Segment(Protocol):
+    """One runnable graph."""
+
+    def run(self, batch: Tensor) -> Tensor:
+        """Map (batch, …) at one cut to (batch, …) at the next."""
+        ...
+
+
+class SegmentRunner(Protocol):
+    """Loads graphs of one kind."""
+
+    def __call__(self, bundle: Bundle, file: str, *, threads: int) -> Segment:
+        """Load one file of the bundle.
+
+        Raises:
+            BundleError: the file is damaged or the installed runtime cannot load it.
+        """
+        ...
+
+
+def load_segments(
+    bundle: Bundle, first: int, last: int, *, threads: int = 1, runner: str = "onnx"
+) -> tuple[Mapping[int, Segment], Mapping[int, Segment]]:
+    """Load segments `first` … `last` and the exit heads behind them.
+
+    Returns:
+        Segments by segment index, exit heads by the cut they hang at.
+
+    Raises:
+        BundleError: a file is damaged or cannot be loaded.
+    """
+    module, name = RUNNERS[runner].split(":")
+    load: SegmentRunner = getattr(import_module(module), name)
+    segments = {
+        index: load(bundle, bundle.manifest.segments[index].file, threads=threads) for index in range(first, last + 1)
+    }
+    heads = {
+        spec.cut: load(bundle, spec.file, threads=threads)
+        for spec in bundle.manifest.exits
+        if spec.file is not None and first < spec.cut <= last + 1
+    }
+    return segments, heads

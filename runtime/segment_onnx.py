@@ -1,0 +1,45 @@
+"""Segments run by onnxruntime on the CPU, with options that suit a small board."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.datatypes import Tensor
+from runtime.errors import BundleError
+from runtime.manifest import Bundle
+
+
+def session_options(threads: int) -> Any:
+    """Options for a board: no spinning between frames, one thread unless asked, full optimization."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning workers burn half a core at 10 Hz to save microseconds.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+class OnnxSegment:
+    """One ONNX file with one input and one output."""
+
+    def __init__(self, bundle: Bundle, file: str, *, threads: int) -> None:
+        path = bundle.file(file)
+        try:
+            self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own errors share no public base class
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"onnxruntime {ort.__version__} cannot load {file}: {reason}") from error
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise BundleError(f"{file} has {len(inputs)} inputs and {len(outputs)} outputs; a segment has one of each")
+        self._input: str = inputs[0].name
+        self._outputs: list[str] = [outputs[0].name]
+
+    def run(self, batch: Tensor) -> Tensor:
+        """Run the graph on (batch, …)."""
+        (output,) = self._session.run(self._outputs, {self._input: np.ascontiguousarray(batch)})
+        return output  # type: ignore[no-any-return]

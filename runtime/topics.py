@@ -1,0 +1,89 @@
+"""Every topic name, once, and what a message on a topic costs in bytes (docs/wire.md).
+
+`kinflow/v1/<site>/d/<device>/…` for devices and `kinflow/v1/<site>/n/<node>/…` for nodes: everything of one sender
+lies below its own id, so that one ACL line isolates it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+ROOT = "kinflow/v1"
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def valid_id(name: str) -> bool:
+    """Whether `name` can be a level of a topic: letters, digits, `_` and `-`, at most 64."""
+    return _ID.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Subtree:
+    """All topics of one sender: a device (`d`) or a node (`n`)."""
+
+    site: str
+    role: Literal["d", "n"]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{ROOT}/{self.site}/{self.role}/{self.name}"
+
+    @property
+    def availability(self) -> str:
+        """Retained, and the last will: `online` or `offline`."""
+        return f"{self}/availability"
+
+    @property
+    def birth(self) -> str:
+        """Retained JSON: versions, bundle id, cameras, session."""
+        return f"{self}/birth"
+
+    @property
+    def stats(self) -> str:
+        """JSON of counters, every `stats_interval_s`."""
+        return f"{self}/stats"
+
+    @property
+    def replies(self) -> str:
+        """Packets of kind RESULT and REFUSAL, for the sender of a request."""
+        return f"{self}/res"
+
+    def request(self, key8: str, cut: int) -> str:
+        """Packets of kind FEATURES."""
+        return f"{self}/req/{key8}/{cut}"
+
+    def result(self, camera: str) -> str:
+        """JSON of every Result of a camera."""
+        return f"{self}/cam/{camera}/result"
+
+    def camera_status(self, camera: str) -> str:
+        """Retained: `online`, `stalled` or `offline`."""
+        return f"{self}/cam/{camera}/status"
+
+
+def requests(site: str, role: Literal["d", "n"], pool: str | None = None) -> str:
+    """The filter that matches all requests of a site's devices or nodes; with `pool`, a shared subscription."""
+    plain = f"{ROOT}/{site}/{role}/+/req/#"
+    return plain if pool is None else f"$share/{pool}/{plain}"
+
+
+def sender(topic: str) -> Subtree | None:
+    """The sender whose request came on `topic`, or None when `topic` is no request."""
+    levels = topic.split("/")
+    if len(levels) != 8 or "/".join(levels[:2]) != ROOT or levels[5] != "req":
+        return None
+    site, role, name = levels[2:5]
+    if not (valid_id(site) and valid_id(name)):
+        return None
+    if role == "d":
+        return Subtree(site, "d", name)
+    return Subtree(site, "n", name) if role == "n" else None
+
+
+def publish_bytes(topic: str, payload_bytes: int, *, qos: int = 0, mqtt5: bool = True) -> int:
+    """The size of a PUBLISH on the wire: fixed header, topic, packet identifier, properties, payload (MQTT 5, 3.3)."""
+    remaining = 2 + len(topic.encode()) + (2 if qos else 0) + (1 if mqtt5 else 0) + payload_bytes
+    length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)
+    return 1 + length_bytes + remaining
