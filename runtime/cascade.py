@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.datatypes import ExitOutput, Features, Tensor
+from runtime.errors import BundleError
 from runtime.manifest import Bundle
 from runtime.policy import ExitPolicy, classify
 from runtime.segment import Segment
@@ -78,6 +79,25 @@ def run(batch: Sequence[Features], tier: Tier, policy: ExitPolicy) -> list[Outco
                 outcomes[row].features = None
         _charge(outcomes, rows, f"exit{spec.cut}", start)
     return outcomes
+
+
+def warm_up(tier: Tier) -> None:
+    """Run every graph of the tier once: a session's first run is several times slower than the next.
+
+    Raises:
+        BundleError: a graph does not run, or does not fit the cut it hangs at.
+    """
+    cuts = tier.bundle.manifest.cuts
+    tensor: Tensor = np.zeros((1, *cuts[tier.first].shape), cuts[tier.first].dtype)
+    for index, segment in tier.segments.items():
+        tensor = segment.run(tensor)
+        spec = cuts[index + 1]
+        if tensor.shape[1:] != spec.shape or tensor.dtype != spec.dtype:
+            raise BundleError(
+                f"segment {index} gives {tensor.shape[1:]} {tensor.dtype}, the manifest says {spec.shape}"
+            )
+        if index + 1 in tier.heads:
+            tier.heads[index + 1].run(tensor)
 
 
 def _at(outcome: Outcome, cut: int) -> bool:

@@ -61,3 +61,13 @@ class Result:
     age_ms: float  # from the grab to this answer, on the device's monotonic clock
     timings: Mapping[str, float] = field(default_factory=dict)  # stage → ms; the stages of a node carry its tier
     degraded: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A frame that got no answer at all, and why. No answer is never told as "nothing there"."""
+
+    camera: str
+    frame: int
+    dropped: str
+    label: None = None

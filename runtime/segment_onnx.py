@@ -36,10 +36,18 @@ class OnnxSegment:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
             raise BundleError(f"{file} has {len(inputs)} inputs and {len(outputs)} outputs; a segment has one of each")
+        self._file = file
         self._input: str = inputs[0].name
         self._outputs: list[str] = [outputs[0].name]
 
     def run(self, batch: Tensor) -> Tensor:
-        """Run the graph on (batch, …)."""
-        (output,) = self._session.run(self._outputs, {self._input: np.ascontiguousarray(batch)})
+        """Run the graph on (batch, …).
+
+        Raises:
+            BundleError: the graph does not take such a tensor.
+        """
+        try:
+            (output,) = self._session.run(self._outputs, {self._input: np.ascontiguousarray(batch)})
+        except Exception as error:  # as above
+            raise BundleError(f"{self._file} does not run: {str(error).splitlines()[0]}") from error
         return output  # type: ignore[no-any-return]

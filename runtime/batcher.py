@@ -1,0 +1,56 @@
+"""Gathers requests into batches of at most `max_batch_size`. Bounded in count, bytes and waiting time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Batcher(Generic[Item]):
+    """A queue that is filled by one thread and emptied in batches by another."""
+
+    def __init__(
+        self, *, max_batch_size: int, max_queue_delay_ms: float, max_queue_frames: int, max_queue_bytes: int
+    ) -> None:
+        self._max_batch_size = max_batch_size
+        self._max_queue_delay_s = max_queue_delay_ms / 1e3
+        self._max_frames = max_queue_frames
+        self._max_bytes = max_queue_bytes
+        self._queue: deque[tuple[Item, int, float]] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    def put(self, item: Item, size_bytes: int) -> bool:
+        """Queue an item; False when the queue is full."""
+        with self._changed:
+            if len(self._queue) >= self._max_frames or self._bytes + size_bytes > self._max_bytes:
+                return False
+            self._queue.append((item, size_bytes, time.monotonic()))
+            self._bytes += size_bytes
+            self._changed.notify()
+            return True
+
+    def take(self, timeout_s: float) -> list[Item]:
+        """Return the next batch, oldest first; empty when nothing came within `timeout_s`.
+
+        A batch leaves when it is full or its oldest item has waited for `max_queue_delay_ms`.
+        """
+        with self._changed:
+            if not self._queue:
+                self._changed.wait(timeout_s)
+            if not self._queue:
+                return []
+            ripe = self._queue[0][2] + self._max_queue_delay_s
+            while len(self._queue) < self._max_batch_size and (left_s := ripe - time.monotonic()) > 0:
+                self._changed.wait(left_s)
+            taken = [self._queue.popleft() for _ in range(min(self._max_batch_size, len(self._queue)))]
+            self._bytes -= sum(size_bytes for _, size_bytes, _ in taken)
+            return [item for item, _, _ in taken]
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._queue)

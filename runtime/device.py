@@ -1,0 +1,287 @@
+"""The device tier: camera → preprocess → cascade → answer, or features up the link. Latest frame wins.
+
+Every frame that is taken from a camera ends in exactly one of two places: `_answer`, or `_drop` with a reason that
+is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import onnxruntime
+
+from runtime import cascade, manifest
+from runtime.capture import Capture
+from runtime.codec import split_name
+from runtime.config import DeviceConfig
+from runtime.counters import Counters
+from runtime.datatypes import Dropped, ExitOutput, Features, Result
+from runtime.errors import ConfigError
+from runtime.link import open_link
+from runtime.policy import ExitPolicy
+from runtime.preprocess import prepare
+from runtime.reply import Reply
+from runtime.segment import load_segments
+from runtime.topics import Subtree
+from runtime.uplink import Sent, Uplink
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.25
+DRAIN_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A frame on its way to an answer."""
+
+    camera: str
+    index: int
+    captured_ns: int
+    features: Features  # what goes up, if it must
+    best: ExitOutput | None  # the best local exit's word so far
+    timings: dict[str, float]
+
+
+class Device:
+    """One device with its cameras, its share of the bundle and its link.
+
+    `on_result` is called with every Result and every Dropped, on the pipeline's or the link's thread.
+
+    Raises:
+        BundleError, ConfigError: the bundle or a setting cannot be used.
+    """
+
+    def __init__(self, config: DeviceConfig, on_result: Callable[[Result | Dropped], None] | None = None) -> None:
+        self._config = config
+        self._on_result = on_result
+        self.counters = Counters()
+        self.bundle = bundle = manifest.load(Path(config.bundle))
+        segments = len(bundle.manifest.segments)
+        last = bundle.manifest.tiers[0].last_segment if config.last_segment is None else config.last_segment
+        if last >= segments:
+            raise ConfigError(
+                f"last_segment: {last} is not one of the bundle's {segments} segments, 0 to {segments - 1}"
+            )
+        self._tier_name = bundle.manifest.tiers[0].name
+        self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
+        cascade.warm_up(self._tier)
+        self._policy = ExitPolicy.of(bundle, early=config.early_exits)
+        self._wake = threading.Event()
+        self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
+        self._statuses: dict[str, str] = {}
+        self._topics = Subtree(config.site, "d", config.id)
+        self._link = open_link(
+            config.broker,
+            client_id=f"kinflow-d-{config.id}",
+            will=(self._topics.availability, b"offline"),
+            counters=self.counters,
+        )
+        self._link.on_connect(self._announce)
+        # A picture codec sends the frame itself, before any local segment has run.
+        cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
+        self._uplink: Uplink[_Frame] | None = None
+        if cut < segments:
+            self._uplink = Uplink(
+                self._link,
+                self._topics,
+                bundle,
+                codec=config.codec,
+                cut=cut,
+                max_in_flight=config.max_in_flight,
+                counters=self.counters,
+                on_reply=self._replied,
+            )
+
+    def run(self, stop: threading.Event) -> None:
+        """Answer frames until `stop` is set or every camera has ended, then drain.
+
+        Raises:
+            CameraError: a source that can never give frames, such as a missing file.
+        """
+        next_stats_s = time.monotonic() + self._config.stats_interval_s
+        self._link.start()
+        for capture in self._captures:
+            capture.start()
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                self._expire()
+                self._publish_statuses()
+                if time.monotonic() >= next_stats_s:
+                    next_stats_s += self._config.stats_interval_s
+                    self._publish_stats()
+                stepped = [self._step(capture) for capture in self._captures]
+                if any(stepped):
+                    continue
+                if all(capture.ended for capture in self._captures) and not self._uplink:
+                    break
+                self._wake.wait(IDLE_S if self._uplink is None else self._uplink.patience_s(IDLE_S))
+        finally:
+            self._close()
+        broken = [capture.error for capture in self._captures if capture.error is not None]
+        if broken and not stop.is_set():
+            raise broken[0]
+
+    def _step(self, capture: Capture) -> bool:
+        """Take one frame through the local tier. Returns whether there was one to take."""
+        if capture.waits and self._uplink is not None and self._uplink.full:
+            return False
+        frame = capture.take()
+        if frame is None:
+            return False
+        start_ns = time.monotonic_ns()
+        features = Features(0, prepare(frame.pixels, self.bundle.manifest.preprocess))
+        timings = {
+            "wait": (start_ns - frame.captured_ns) / 1e6,
+            "preprocess": (time.monotonic_ns() - start_ns) / 1e6,
+        }
+        if self._uplink is not None and self._uplink.cut == 0:
+            self._offload(_Frame(frame.camera, frame.index, frame.captured_ns, features, None, timings))
+            return True
+        outcome = cascade.run([features], self._tier, self._policy)[0]
+        timings.update(outcome.timings)
+        rest = outcome.features or features
+        taken = _Frame(frame.camera, frame.index, frame.captured_ns, rest, outcome.best, timings)
+        if outcome.answer is None:
+            self._offload(taken)
+        else:
+            self._answer(taken, outcome.answer)
+        return True
+
+    def _offload(self, frame: _Frame) -> None:
+        """Hand a frame up the link; where that cannot be, answer it here."""
+        sent: Sent[_Frame] | str = "no uplink"
+        if self._uplink is not None:
+            sent = self._uplink.send(
+                frame.features,
+                frame,
+                born_ns=frame.captured_ns,
+                deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
+                camera=list(self._config.camera).index(frame.camera),
+            )
+        if isinstance(sent, str):
+            self._answer_locally(frame, sent)
+
+    def _replied(self, sent: Sent[_Frame], said: Reply | str) -> None:
+        """Take a node's word, on the link's thread."""
+        frame = sent.context
+        if isinstance(said, str):
+            self._answer_locally(frame, f"refused: {said}", sent)
+        else:
+            above_ms = (time.monotonic_ns() - sent.sent_ns) / 1e6
+            frame.timings.update(said.timings, network=above_ms - sum(said.timings.values()))
+            self._answer(frame, said.output(), sent, tier=said.tier, degraded=said.degraded)
+        self._wake.set()
+
+    def _answer_locally(self, frame: _Frame, reason: str, sent: Sent[_Frame] | None = None) -> None:
+        """Answer from the best local exit, flagged with why nothing better came."""
+        best = frame.best
+        if best is None and frame.features.cut == 0:
+            outcome = cascade.run([frame.features], self._tier, self._policy)[0]
+            frame.timings.update(outcome.timings)
+            best = outcome.best
+        if best is None:
+            self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
+            self._tell(Dropped(frame.camera, frame.index, reason))
+        else:
+            self._answer(frame, best, sent, degraded=reason)
+
+    def _answer(
+        self,
+        frame: _Frame,
+        said: ExitOutput,
+        sent: Sent[_Frame] | None = None,
+        *,
+        tier: str | None = None,
+        degraded: str | None = None,
+    ) -> None:
+        labels = self.bundle.labels
+        spec = self.bundle.exit_at(said.exit)
+        timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
+        result = Result(
+            camera=frame.camera,
+            frame=frame.index,
+            label=labels[said.label_index],
+            label_index=said.label_index,
+            confidence=said.confidence,
+            topk=tuple((labels[index], score) for index, score in said.topk),
+            tier=tier or self._tier_name,
+            exit=said.exit,
+            agreement=spec.agreement if spec is not None and degraded is None else None,
+            codec=None if sent is None or self._uplink is None else self._uplink.codec,
+            cut=None if sent is None or self._uplink is None else self._uplink.cut,
+            bytes_up=0 if sent is None else sent.bytes_up,
+            age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
+            timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
+            degraded=degraded,
+        )
+        self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=result.exit)
+        if degraded is not None:
+            self.counters.add("results_degraded_total", camera=result.camera, reason=degraded.split(":")[0])
+        self._tell(result)
+        if self._link.connected:
+            self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1)
+
+    def _tell(self, result: Result | Dropped) -> None:
+        if self._on_result is not None:
+            self._on_result(result)
+
+    def _expire(self) -> None:
+        """Answer the frames whose budget has ended."""
+        if self._uplink is not None:
+            for sent in self._uplink.expire(time.monotonic_ns()):
+                self._answer_locally(sent.context, "deadline", sent)
+
+    def _announce(self) -> None:
+        birth = {
+            "kinflow": version("kinflow"),
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "bundle": self.bundle.id,
+            "session": None if self._uplink is None else self._uplink.session,
+            "cameras": list(self._config.camera),
+            "last_segment": self._tier.last,
+            "codec": self._config.codec,
+        }
+        self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
+        self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
+        self._statuses.clear()
+
+    def _publish_statuses(self) -> None:
+        if not self._link.connected:
+            return
+        for capture in self._captures:
+            status = capture.status
+            if self._statuses.get(capture.name) != status:
+                self._statuses[capture.name] = status
+                self._link.publish(self._topics.camera_status(capture.name), status.encode(), qos=1, retain=True)
+
+    def _publish_stats(self) -> None:
+        if self._link.connected:
+            self._link.publish(self._topics.stats, msgspec.json.encode(self.counters.snapshot()))
+
+    def _close(self) -> None:
+        for capture in self._captures:
+            capture.close()
+        end_s = time.monotonic() + DRAIN_S
+        while self._uplink and time.monotonic() < end_s:
+            self._expire()
+            self._wake.clear()
+            self._wake.wait(0.05)
+        for sent in self._uplink.drain() if self._uplink is not None else []:
+            self._answer_locally(sent.context, "stopping", sent)
+        self._publish_statuses()
+        self._publish_stats()
+        if self._link.connected:
+            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
+        self._link.close()

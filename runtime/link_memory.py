@@ -1,0 +1,86 @@
+"""A link without a network: all links of one process that name the same host and port share a broker in memory.
+
+Serves tests, the parity proof and programs that want all tiers in one process. Messages are delivered on the
+publisher's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from paho.mqtt.client import topic_matches_sub
+
+from runtime.config import BrokerConfig
+from runtime.counters import Counters
+from runtime.link import Handler
+from runtime.topics import publish_bytes
+
+
+class _Hub:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.links: list[MemoryLink] = []
+        self.retained: dict[str, bytes] = {}
+
+
+_hubs: dict[tuple[str, int], _Hub] = {}
+_hubs_lock = threading.Lock()
+
+
+class MemoryLink:
+    """A connection to the broker in memory; it is never lost, unless `connected` is set to False by its owner."""
+
+    def __init__(
+        self, broker: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None, counters: Counters
+    ) -> None:
+        with _hubs_lock:
+            self._hub = _hubs.setdefault((broker.host, broker.port), _Hub())
+        self._subscriptions: list[tuple[str, Handler]] = []
+        self._actions: list[Callable[[], None]] = []
+        self._counters = counters
+        self.connected = False
+
+    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+        """Call `handler` for every message that matches."""
+        self._subscriptions.append((topic_filter, handler))
+
+    def on_connect(self, action: Callable[[], None]) -> None:
+        """Call `action` at `start`."""
+        self._actions.append(action)
+
+    def start(self) -> None:
+        """Connect at once."""
+        with self._hub.lock:
+            self._hub.links.append(self)
+            retained = dict(self._hub.retained)
+        self.connected = True
+        for topic, payload in retained.items():
+            self._deliver(topic, payload)
+        for action in self._actions:
+            action()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
+        """Deliver to every link that subscribed; costs what the same message costs in MQTT 5."""
+        if not self.connected:
+            self._counters.add("link_refused_total", reason="offline")
+            return 0
+        with self._hub.lock:
+            links = list(self._hub.links)
+            if retain:
+                self._hub.retained[topic] = payload
+        for link in links:
+            link._deliver(topic, payload)  # noqa: SLF001 — the same class
+        return publish_bytes(topic, len(payload), qos=qos)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self.connected = False
+        with self._hub.lock:
+            if self in self._hub.links:
+                self._hub.links.remove(self)
+
+    def _deliver(self, topic: str, payload: bytes) -> None:
+        for topic_filter, handler in self._subscriptions:
+            if topic_matches_sub(topic_filter, topic):
+                handler(topic, payload)

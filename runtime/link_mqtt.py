@@ -1,0 +1,265 @@
+"""MQTT by paho: version 5, or 3.1.1 where the broker speaks no 5. One thread owns the socket and never gives up.
+
+paho's own loop leaves gaps that this module closes: Nagle stays on, an exception in a callback ends its thread,
+queues are unbounded, reconnects have no jitter, and the broker's packet limit is not looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt.client import Client, MQTTMessage, topic_matches_sub
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from runtime.config import BrokerConfig
+from runtime.counters import Counters
+from runtime.errors import ConfigError
+from runtime.link import Handler
+from runtime.topics import publish_bytes
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.25, 30.0
+DRAIN_S = 2.0
+LOOP_S = 0.5
+
+
+class MqttLink:
+    """One connection to one broker."""
+
+    def __init__(
+        self, broker: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None, counters: Counters
+    ) -> None:
+        self._broker = broker
+        self._client_id = client_id
+        self._will = will
+        self._counters = counters
+        self._password = _read_secret(broker.password_file)
+        self._protocol = MQTTProtocolVersion.MQTTv5
+        self._subscriptions: list[tuple[str, Handler]] = []
+        self._actions: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._run, name=f"kinflow-link-{client_id}", daemon=True)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()  # guards what follows
+        self._client: Client | None = None  # set while connected
+        self._unsent: dict[int, int] = {}  # message id → bytes
+        self._max_packet_bytes: int | None = None
+        self._acknowledged = False
+        self._awaited: set[int] = set()
+        self._problem = ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker has accepted us and all subscriptions."""
+        return self._client is not None
+
+    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+        """Call `handler` for every message that matches. To be called before `start`."""
+        self._subscriptions.append((topic_filter, handler))
+
+    def on_connect(self, action: Callable[[], None]) -> None:
+        """Call `action` on the link's thread whenever the subscriptions stand. To be called before `start`."""
+        self._actions.append(action)
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._thread.start()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
+        """Queue a message for the link's thread; 0 when offline, full or over the broker's limit."""
+        with self._lock:
+            client = self._client
+            if client is None:
+                return self._refuse("offline")
+            cost = publish_bytes(topic, len(payload), qos=qos, mqtt5=self._protocol == MQTTProtocolVersion.MQTTv5)
+            if self._max_packet_bytes is not None and cost > self._max_packet_bytes:
+                log.error(
+                    "a packet of %d bytes is over the broker's limit of %d: raise max_packet_size in mosquitto.conf",
+                    cost,
+                    self._max_packet_bytes,
+                )
+                return self._refuse("oversize")
+            waiting = sum(self._unsent.values())
+            if len(self._unsent) >= self._broker.max_unsent_messages or waiting + cost > self._broker.max_unsent_bytes:
+                return self._refuse("full")
+            info = client.publish(topic, payload, qos, retain)
+            if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
+                return self._refuse("client")
+            self._unsent[info.mid] = cost
+            return cost
+
+    def close(self) -> None:
+        """Send what waits, for at most two seconds, and end the thread."""
+        end = time.monotonic() + DRAIN_S
+        while self._client is not None and self._unsent and time.monotonic() < end:
+            time.sleep(0.01)
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(DRAIN_S + CONNECT_TIMEOUT_S + LOOP_S)
+
+    def _refuse(self, reason: str) -> int:
+        self._counters.add("link_refused_total", reason=reason)
+        return 0
+
+    def _run(self) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while not self._closing.is_set():
+            client = self._new_client()
+            lived = self._serve(client)
+            backoff_s = BACKOFF_MIN_S if lived else min(backoff_s * 2, BACKOFF_MAX_S)
+            self._closing.wait(backoff_s * random.uniform(0.5, 1.0))
+
+    def _serve(self, client: Client) -> bool:
+        """Connect and stay until the connection ends. Returns whether the broker had accepted us."""
+        self._acknowledged = False
+        try:
+            client.connect(self._broker.host, self._broker.port, self._broker.keepalive_s)
+        except (OSError, ValueError) as error:
+            self._report(f"cannot reach the broker at {self._broker.host}:{self._broker.port}: {error}", "unreachable")
+            return False
+        end = time.monotonic() + CONNECT_TIMEOUT_S
+        while not self._closing.is_set():
+            result = client.loop(LOOP_S)
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
+            if not self._acknowledged and time.monotonic() > end:
+                self._report("the broker took the connection but does not answer CONNECT", "no connack")
+                break
+        if self._closing.is_set():
+            client.disconnect()
+            client.loop(0.1)
+        self._lose(client)
+        if not self._acknowledged and not self._closing.is_set():
+            # A broker without MQTT 5 may just hang up, so the two versions take turns until one is accepted.
+            self._other_protocol()
+        return self._acknowledged
+
+    def _lose(self, client: Client) -> None:
+        with self._lock:
+            was_connected, self._client = self._client is client, None
+            for _ in self._unsent:
+                self._counters.add("link_lost_total", reason="connection lost")
+            self._unsent.clear()
+        if was_connected and not self._closing.is_set():
+            self._report(f"lost the broker at {self._broker.host}:{self._broker.port}", "lost")
+
+    def _other_protocol(self) -> None:
+        five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+        self._protocol = three if self._protocol == five else five
+
+    def _report(self, problem: str, reason: str) -> None:
+        self._counters.add("link_disconnects_total", reason=reason)
+        # The same sentence every few seconds helps nobody.
+        log.log(logging.DEBUG if problem == self._problem else logging.WARNING, "%s; trying again", problem)
+        self._problem = problem
+
+    def _new_client(self) -> Client:
+        options: dict[str, Any] = {}
+        if self._protocol != MQTTProtocolVersion.MQTTv5:
+            options["clean_session"] = True
+        client = Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=self._protocol, **options)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        client.max_queued_messages_set(self._broker.max_unsent_messages)
+        if self._broker.username is not None:
+            client.username_pw_set(self._broker.username, self._password)
+        if self._broker.ca_file is not None:
+            client.tls_set(self._broker.ca_file, self._broker.cert_file, self._broker.key_file)
+        if self._will is not None:
+            client.will_set(self._will[0], self._will[1], qos=1, retain=True)
+        client.on_socket_open = _without_nagle
+        # With this set, publish() leaves all writing to the thread that runs the loop.
+        client.on_socket_register_write = _leave_to_loop
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscribed
+        client.on_publish = self._published
+        client.on_message = self._received
+        return client
+
+    def _connected(
+        self, client: Client, userdata: object, flags: object, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            self._report(f"the broker at {self._broker.host}:{self._broker.port} refuses us: {reason}", "refused")
+            if "protocol" not in str(reason).lower():
+                self._other_protocol()  # undone by _serve: this was not about the version
+            return
+        self._acknowledged = True
+        self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        self._awaited = set()
+        for topic_filter, _ in self._subscriptions:
+            _, mid = client.subscribe(topic_filter, qos=0)
+            if mid is not None:
+                self._awaited.add(mid)
+        if not self._subscriptions:
+            self._ready(client)
+
+    def _subscribed(
+        self, client: Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: Properties | None
+    ) -> None:
+        for reason in reasons:
+            if reason.is_failure:
+                self._counters.add("link_subscribe_refused_total")
+                log.error("the broker refuses a subscription of %s: %s; look at its ACL", self._client_id, reason)
+        self._awaited.discard(mid)
+        if not self._awaited:
+            self._ready(client)
+
+    def _ready(self, client: Client) -> None:
+        with self._lock:
+            self._client = client
+        self._counters.add("link_connects_total")
+        version = "5" if self._protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"
+        log.info("connected to %s:%d by MQTT %s", self._broker.host, self._broker.port, version)
+        self._problem = ""
+        for action in self._actions:
+            self._guard(action)
+
+    def _published(
+        self, client: Client, userdata: object, mid: int, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        with self._lock:
+            self._unsent.pop(mid, None)
+
+    def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
+        topic = message.topic
+        for topic_filter, handler in self._subscriptions:
+            if topic_matches_sub(_without_share(topic_filter), topic):
+                self._guard(lambda: handler(topic, bytes(message.payload)))  # noqa: B023 — called at once
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # a bug in a handler must not end the only thread that can talk to the broker
+            self._counters.add("link_callback_errors_total")
+            log.exception("a message handler failed")
+
+
+def _without_nagle(client: Client, userdata: object, sock: Any) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _leave_to_loop(client: Client, userdata: object, sock: object) -> None:
+    pass
+
+
+def _without_share(topic_filter: str) -> str:
+    return topic_filter.split("/", 2)[2] if topic_filter.startswith("$share/") else topic_filter
+
+
+def _read_secret(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text("utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"password_file {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,300 @@
+"""An edge or cloud node: receive → batch → cascade → answer, or features up the next link.
+
+A node with an uplink is an edge node, one without is the cloud; there is no other difference. Every request ends in a
+reply, in a refusal that says why, or in a counter with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import onnxruntime
+
+from runtime import cascade, manifest, packet, reply, topics
+from runtime.batcher import Batcher
+from runtime.codec import Codecs
+from runtime.config import NodeConfig
+from runtime.counters import Counters
+from runtime.datatypes import ExitOutput, Features
+from runtime.errors import ConfigError, PacketError
+from runtime.link import Link, open_link
+from runtime.packet import Kind, Packet
+from runtime.policy import ExitPolicy
+from runtime.reply import Reply
+from runtime.segment import load_segments
+from runtime.topics import Subtree
+from runtime.uplink import Sent, Uplink
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.25
+DRAIN_S = 2.0
+NO_BUDGET_MS = 10_000  # what a request without a budget is given
+# Kept back from the budget of what goes further up, so that this node's own answer still arrives in time.
+KEPT_BACK_RATIO = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Features that a client wants an answer for."""
+
+    client: Subtree
+    packet: Packet
+    arrived_ns: int
+    deadline_ns: int
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Escalated:
+    """A request that went further up, and what this tier would say itself."""
+
+    request: _Request
+    best: ExitOutput | None
+
+
+class Node:
+    """One node with its share of the bundle, the link it serves on, and its uplink if it has one.
+
+    Raises:
+        BundleError, ConfigError: the bundle or a setting cannot be used.
+    """
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self.counters = Counters()
+        self.bundle = bundle = manifest.load(Path(config.bundle))
+        segments = len(bundle.manifest.segments)
+        last = segments - 1 if config.uplink is None else bundle.manifest.tiers[-2:][0].last_segment
+        last = last if config.last_segment is None else config.last_segment
+        if last >= segments or (config.uplink is None and last != segments - 1):
+            raise ConfigError(
+                f"last_segment: {last} does not fit: the bundle has segments 0 to {segments - 1}, "
+                "and a node without an uplink runs them to the end"
+            )
+        self.tier_name = config.tier or ("cloud" if config.uplink is None else "edge")
+        self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
+        cascade.warm_up(self._tier)
+        self._policy = ExitPolicy.of(bundle, early=config.early_exits)
+        self._codecs = Codecs(bundle)
+        batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
+        self._batcher: Batcher[_Request] = Batcher(
+            max_batch_size=min(batch, config.max_batch_size),
+            max_queue_delay_ms=config.max_queue_delay_ms,
+            max_queue_frames=config.max_queue_frames,
+            max_queue_bytes=config.max_queue_bytes,
+        )
+        self._topics = Subtree(config.site, "n", config.id)
+        self._link = open_link(
+            config.broker,
+            client_id=f"kinflow-n-{config.id}",
+            will=(self._topics.availability, b"offline"),
+            counters=self.counters,
+        )
+        clients: Literal["d", "n"] = "d" if config.serves == "devices" else "n"
+        self._link.subscribe(topics.requests(config.site, clients, config.pool), self._received)
+        self._link.on_connect(self._announce)
+        self._upper_link = self._link
+        self._uplink: Uplink[_Escalated] | None = None
+        if config.uplink is not None and last + 1 < segments:
+            if config.uplink.broker is not None:
+                self._upper_link = open_link(
+                    config.uplink.broker, client_id=f"kinflow-u-{config.id}", will=None, counters=self.counters
+                )
+            self._uplink = Uplink(
+                self._upper_link,
+                Subtree(config.uplink.site or config.site, "n", config.id),
+                bundle,
+                codec=config.uplink.codec,
+                cut=last + 1,
+                max_in_flight=config.uplink.max_in_flight,
+                counters=self.counters,
+                on_reply=self._replied,
+            )
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set, then answer what was taken in."""
+        next_stats_s = time.monotonic() + self._config.stats_interval_s
+        links = [self._link] if self._upper_link is self._link else [self._link, self._upper_link]
+        for link in links:
+            link.start()
+        while not stop.is_set():
+            self._serve(self._batcher.take(IDLE_S if self._uplink is None else self._uplink.patience_s(IDLE_S)))
+            self._expire()
+            if time.monotonic() >= next_stats_s:
+                next_stats_s += self._config.stats_interval_s
+                self._publish_stats()
+        self._close(links)
+
+    def _received(self, topic: str, data: bytes) -> None:
+        """Take a request in, on the link's thread: everything that can be refused by its header is refused here."""
+        arrived_ns = time.monotonic_ns()
+        client = topics.sender(topic)
+        if client is None:
+            self._count_refused("topic", f"{topic[:200]} is no topic of a device or a node")
+            return
+        try:
+            message = packet.unpack(data)
+            if message.kind is not Kind.FEATURES:
+                raise PacketError(f"a packet of kind {message.kind.name} is no request")
+        except PacketError as error:
+            self._count_refused("damaged", str(error))
+            return
+        budget_ms = NO_BUDGET_MS if message.budget_ms is None else message.budget_ms
+        request = _Request(client, message, arrived_ns, arrived_ns + budget_ms * 1_000_000)
+        if message.bundle != self.bundle.key:
+            self._refuse(
+                request, "bundle", f"this node holds bundle {self.bundle.key8}; install the same on every tier"
+            )
+        elif message.cut > self._tier.last:
+            self._refuse(request, "cut", f"this node's segments end at {self._tier.last}, cut {message.cut} is past it")
+        elif not self._batcher.put(request, len(data)):
+            self._refuse(request, "queue", "this node is busy")
+
+    def _serve(self, requests: Sequence[_Request]) -> None:
+        """Run a batch and send what became of each of its frames."""
+        ready: list[_Request] = []
+        batch: list[Features] = []
+        for request in requests:
+            start_ns = time.monotonic_ns()
+            if start_ns >= request.deadline_ns:
+                self.counters.add("requests_dropped_total", reason="deadline")
+                continue
+            message = request.packet
+            try:
+                tensor = self._codecs.get(message.cut, message.codec, message.rate).decode(message.payload)
+            except PacketError as error:
+                self._refuse(request, "payload", str(error))
+                continue
+            request.timings["queue"] = (start_ns - request.arrived_ns) / 1e6
+            request.timings["decode"] = (time.monotonic_ns() - start_ns) / 1e6
+            ready.append(request)
+            batch.append(Features(message.cut, tensor))
+        if not batch:
+            return
+        self.counters.add("batches_total", size=len(batch))
+        for request, outcome in zip(ready, cascade.run(batch, self._tier, self._policy), strict=True):
+            request.timings.update(outcome.timings)
+            if outcome.answer is not None:
+                self._answer(request, outcome.answer)
+            elif outcome.features is not None:
+                self._escalate(_Escalated(request, outcome.best), outcome.features)
+
+    def _escalate(self, escalated: _Escalated, features: Features) -> None:
+        request = escalated.request
+        left_ns = request.deadline_ns - time.monotonic_ns()
+        sent: Sent[_Escalated] | str = "no uplink"
+        if self._uplink is not None:
+            sent = self._uplink.send(
+                features,
+                escalated,
+                born_ns=request.arrived_ns - request.packet.age_us * 1000,
+                deadline_ns=request.deadline_ns - int(left_ns * KEPT_BACK_RATIO),
+                camera=request.packet.camera,
+            )
+        if isinstance(sent, str):
+            self._answer_myself(escalated, sent)
+
+    def _replied(self, sent: Sent[_Escalated], said: Reply | str) -> None:
+        """Hand an answer from above down, on the link's thread."""
+        if isinstance(said, str):
+            self._answer_myself(sent.context, f"refused: {said}")
+            return
+        request = sent.context.request
+        above_ms = (time.monotonic_ns() - sent.sent_ns) / 1e6
+        timings = {
+            **self._named(request.timings),
+            f"{self.tier_name}.encode": sent.encode_ms,
+            **said.timings,
+            f"{self.tier_name}.network": above_ms - sum(said.timings.values()),
+        }
+        self._reply(request, msgspec.structs.replace(said, timings=timings))
+
+    def _answer_myself(self, escalated: _Escalated, reason: str) -> None:
+        """Answer from this tier's best exit, because nothing above does."""
+        if escalated.best is None:
+            self._refuse(escalated.request, "no exit", f"nothing above answers ({reason}) and no exit here can")
+        else:
+            self._answer(escalated.request, escalated.best, degraded=f"{self.tier_name} uplink: {reason}")
+
+    def _answer(self, request: _Request, said: ExitOutput, degraded: str | None = None) -> None:
+        timings = self._named(request.timings)
+        self._reply(
+            request, Reply(tier=self.tier_name, exit=said.exit, topk=said.topk, timings=timings, degraded=degraded)
+        )
+
+    def _named(self, timings: dict[str, float]) -> dict[str, float]:
+        return {f"{self.tier_name}.{stage}": took_ms for stage, took_ms in timings.items()}
+
+    def _reply(self, request: _Request, said: Reply) -> None:
+        self.counters.add("replies_total", tier=said.tier, exit=said.exit)
+        if said.degraded is not None:
+            self.counters.add("replies_degraded_total", reason=said.degraded)
+        self._send_down(request, Kind.RESULT, reply.encode(said))
+
+    def _refuse(self, request: _Request, reason: str, sentence: str) -> None:
+        self._count_refused(reason, sentence)
+        self._send_down(request, Kind.REFUSAL, sentence.encode())
+
+    def _count_refused(self, reason: str, sentence: str) -> None:
+        self.counters.add("packets_refused_total", reason=reason)
+        log.debug("refused a packet: %s", sentence)
+
+    def _send_down(self, request: _Request, kind: Kind, payload: bytes) -> None:
+        message = request.packet
+        answer = Packet(
+            kind=kind,
+            bundle=message.bundle,
+            session=message.session,
+            sequence=message.sequence,
+            payload=payload,
+            cut=message.cut,
+            camera=message.camera,
+        )
+        if not self._link.publish(request.client.replies, packet.pack(answer)):
+            self.counters.add("replies_dropped_total", reason="link")
+
+    def _expire(self) -> None:
+        if self._uplink is not None:
+            for sent in self._uplink.expire(time.monotonic_ns()):
+                self._answer_myself(sent.context, "deadline")
+
+    def _announce(self) -> None:
+        birth = {
+            "kinflow": version("kinflow"),
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "bundle": self.bundle.id,
+            "tier": self.tier_name,
+            "last_segment": self._tier.last,
+            "serves": self._config.serves,
+        }
+        self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
+        self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
+
+    def _publish_stats(self) -> None:
+        if self._link.connected:
+            self._link.publish(self._topics.stats, msgspec.json.encode(self.counters.snapshot()))
+
+    def _close(self, links: Sequence[Link]) -> None:
+        end_s = time.monotonic() + DRAIN_S
+        while (len(self._batcher) or self._uplink) and time.monotonic() < end_s:
+            self._serve(self._batcher.take(0.02))
+            self._expire()
+        for sent in self._uplink.drain() if self._uplink is not None else []:
+            self._answer_myself(sent.context, "stopping")
+        self._publish_stats()
+        if self._link.connected:
+            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
+        for link in links:
+            link.close()

@@ -1,0 +1,45 @@
+"""What a node says back: the payload of packets of kind RESULT, JSON so that people can read the wire."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from runtime.datatypes import ExitOutput
+from runtime.errors import PacketError
+
+Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Index = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An answer from above."""
+
+    tier: Annotated[str, msgspec.Meta(max_length=64)]
+    exit: Index
+    topk: Annotated[tuple[tuple[Index, Score], ...], msgspec.Meta(min_length=1, max_length=16)]
+    timings: dict[str, float] = {}  # stage → ms, each with the name of its tier
+    degraded: Annotated[str, msgspec.Meta(max_length=200)] | None = None
+
+    def output(self) -> ExitOutput:
+        """The answer as an exit's word."""
+        label_index, confidence = self.topk[0]
+        return ExitOutput(exit=self.exit, label_index=label_index, confidence=confidence, topk=self.topk)
+
+
+def encode(reply: Reply) -> bytes:
+    """Return the reply as JSON; floats keep every bit."""
+    return msgspec.json.encode(reply)
+
+
+def decode(payload: bytes) -> Reply:
+    """Read a reply.
+
+    Raises:
+        PacketError: the payload is not what `encode` writes.
+    """
+    try:
+        return msgspec.json.decode(payload, type=Reply)
+    except msgspec.MsgspecError as error:
+        raise PacketError(f"the reply is damaged: {error}") from error
