@@ -31,8 +31,8 @@ class Capture:
     an answer about an old picture is worth less than one about a new one. Only a replay with `realtime=False` waits
     until its frame is taken, so that every frame gets its answer. A replay that fails is not opened again.
 
-    `wake` (an Event that is set, or a function) is called on the capture thread when there is a frame to take, and
-    once at the end. The other methods belong to any thread.
+    `waits` tells such a replay apart. `wake` (an Event that is set, or a function) is called on the capture thread
+    when there is a frame to take, and once at the end. The other methods belong to any thread.
     """
 
     def __init__(
