@@ -21,7 +21,7 @@ RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 30.0
 CLOSE_S = 2.0
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Capture:
@@ -114,7 +114,7 @@ class Capture:
         if self._thread.ident is not None:
             self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            _log.warning("camera %s still hangs in a read, it is left behind", self.name)
+            log.warning("camera %s still hangs in a read, it is left behind", self.name)
 
     def _run(self) -> None:
         finished = False
@@ -138,7 +138,7 @@ class Capture:
                     if self._closed.is_set():
                         return
                     if failures:
-                        _log.info("camera %s is back", self.name)
+                        log.info("camera %s is back", self.name)
                     given, failures = True, 0
                     self._offer(frame)
             except CameraError as error:
@@ -152,7 +152,7 @@ class Capture:
                 return
             delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2**failures) * random.uniform(0.5, 1.0)
             failures += 1
-            _log.warning("%s; trying again in %.1f s", self._error, delay_s)
+            log.warning("%s; trying again in %.1f s", self._error, delay_s)
             self._closed.wait(delay_s)
             self._camera = open_camera(self.name, self._config)
 

@@ -157,14 +157,16 @@ def test_a_silent_camera_is_stalled_then_offline_then_back(stream: Any, begin: A
     assert counters.total("frames_captured_total") > captured
 
 
-def test_close_ends_a_waiting_thread_and_forgets_the_frame(folder: Path, begin: Any) -> None:
-    capture, _, wake = begin(kind="replay", source=str(folder), realtime=False)
+def test_close_ends_a_waiting_thread_and_counts_what_nobody_took(folder: Path, begin: Any) -> None:
+    capture, counters, wake = begin(kind="replay", source=str(folder), realtime=False)
     assert wake.wait(5)
     start = time.monotonic()
     capture.close()
     assert time.monotonic() - start < 2
     assert capture.ended
     assert capture.take() is None
+    dropped = counters.snapshot()['frames_dropped_total{camera="cam0",reason="stopping"}']
+    assert dropped == counters.total("frames_captured_total")
 
 
 def test_a_slow_taker_does_not_make_a_replay_look_stalled(folder: Path, begin: Any) -> None:
