@@ -172,6 +172,8 @@ class Inbox:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+        # A client closes its sockets only when it is deleted, and these make a circle that would delay that.
+        self.client.on_connect = self.client.on_message = self.client.on_subscribe = None
 
 
 def test_the_broker_carries_our_largest_packet_and_comes_back(mosquitto: Any) -> None:

@@ -101,6 +101,7 @@ def test_wake_may_be_a_function(folder: Path) -> None:
         Counters(),
         lambda: calls.append(threading.current_thread().name),
     )
+    assert capture.status == "starting"
     capture.start()
     until(lambda: len(calls) == 21)
     assert set(calls) == {"kinflow-capture-porch"}
@@ -131,7 +132,6 @@ def test_what_no_retry_heals_is_raised_at_once() -> None:
 def test_a_camera_that_is_off_is_tried_again_until_it_is_on(stream: Any, begin: Any) -> None:
     stream.stop()
     capture, counters, wake = begin(source=stream.url, open_timeout_s=2)
-    assert capture.status == "starting"
     until(lambda: capture.status == "offline")
     assert "cannot be opened" in str(capture.error)
     assert not capture.ended
