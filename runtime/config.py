@@ -37,6 +37,7 @@ class BrokerConfig(_Struct, frozen=True):
     host: str
     port: Port = 1883
     kind: Literal["mqtt", "memory"] = "mqtt"
+    version: Literal["auto", "5", "3.1.1"] = "auto"  # of MQTT; auto: 5, and 3.1.1 where the broker does not take it
     username: str | None = None
     password_file: str | None = None  # a file, so that no secret stands in a config
     ca_file: str | None = None  # given: TLS, and the broker's certificate must be signed by this
@@ -72,7 +73,7 @@ class DeviceConfig(_Struct, frozen=True):
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
-    camera: dict[str, CameraConfig] = {"cam0": CameraConfig()}
+    camera: dict[str, CameraConfig] = msgspec.field(default_factory=lambda: {"cam0": CameraConfig()})
     last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # deepest local segment; default: the bundle's
     early_exits: bool = True
     codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself

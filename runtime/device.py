@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.25
 DRAIN_S = 2.0
+LINK_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Device:
         """
         next_stats_s = time.monotonic() + self._config.stats_interval_s
         self._link.start()
+        self._await_link(stop)
         for capture in self._captures:
             capture.start()
         try:
@@ -130,6 +132,14 @@ class Device:
         broken = [capture.error for capture in self._captures if capture.error is not None]
         if broken and not stop.is_set():
             raise broken[0]
+
+    def _await_link(self, stop: threading.Event) -> None:
+        """Give the link a moment before a replay starts: a clip can wait, a camera cannot."""
+        replay = all(camera.kind == "replay" for camera in self._config.camera.values())
+        end_s = time.monotonic() + LINK_S
+        while replay and self._uplink is not None and not self._link.connected and time.monotonic() < end_s:
+            if stop.wait(0.01):
+                break
 
     def _step(self, capture: Capture) -> bool:
         """Take one frame through the local tier. Returns whether there was one to take."""

@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class MqttLink:
         self._will = will
         self._counters = counters
         self._password = _read_secret(broker.password_file)
-        self._protocol = MQTTProtocolVersion.MQTTv5
+        self._protocol = MQTTProtocolVersion.MQTTv311 if broker.version == "3.1.1" else MQTTProtocolVersion.MQTTv5
         self._subscriptions: list[tuple[str, Handler]] = []
         self._actions: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name=f"kinflow-link-{client_id}", daemon=True)
@@ -53,8 +54,11 @@ class MqttLink:
         self._lock = threading.Lock()  # guards what follows
         self._client: Client | None = None  # set while connected
         self._unsent: dict[int, int] = {}  # message id → bytes
+        # Message ids that are through. paho reports them with a lock of its own held, which publish() takes as well:
+        # taking ours there would be a deadlock.
+        self._through: deque[int] = deque()
         self._max_packet_bytes: int | None = None
-        self._acknowledged = False
+        self._acknowledged = self._refused = False  # by CONNACK; refused for other reasons than the version
         self._awaited: set[int] = set()
         self._problem = ""
 
@@ -89,7 +93,7 @@ class MqttLink:
                     self._max_packet_bytes,
                 )
                 return self._refuse("oversize")
-            waiting = sum(self._unsent.values())
+            waiting = self._count_unsent()
             if len(self._unsent) >= self._broker.max_unsent_messages or waiting + cost > self._broker.max_unsent_bytes:
                 return self._refuse("full")
             info = client.publish(topic, payload, qos, retain)
@@ -101,11 +105,20 @@ class MqttLink:
     def close(self) -> None:
         """Send what waits, for at most two seconds, and end the thread."""
         end = time.monotonic() + DRAIN_S
-        while self._client is not None and self._unsent and time.monotonic() < end:
+        while self._client is not None and time.monotonic() < end:
+            with self._lock:
+                if not self._count_unsent():
+                    break
             time.sleep(0.01)
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(DRAIN_S + CONNECT_TIMEOUT_S + LOOP_S)
+
+    def _count_unsent(self) -> int:
+        """Bytes that still wait for the socket or for the broker's word. To be called with the lock held."""
+        while self._through:
+            self._unsent.pop(self._through.popleft(), None)
+        return sum(self._unsent.values())
 
     def _refuse(self, reason: str) -> int:
         self._counters.add("link_refused_total", reason=reason)
@@ -121,7 +134,7 @@ class MqttLink:
 
     def _serve(self, client: Client) -> bool:
         """Connect and stay until the connection ends. Returns whether the broker had accepted us."""
-        self._acknowledged = False
+        self._acknowledged = self._refused = False
         try:
             client.connect(self._broker.host, self._broker.port, self._broker.keepalive_s)
         except (OSError, ValueError) as error:
@@ -139,23 +152,21 @@ class MqttLink:
             client.disconnect()
             client.loop(0.1)
         self._lose(client)
-        if not self._acknowledged and not self._closing.is_set():
+        if not self._acknowledged and self._broker.version == "auto" and not self._refused:
             # A broker without MQTT 5 may just hang up, so the two versions take turns until one is accepted.
-            self._other_protocol()
+            five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
+            self._protocol = three if self._protocol == five else five
         return self._acknowledged
 
     def _lose(self, client: Client) -> None:
         with self._lock:
             was_connected, self._client = self._client is client, None
+            self._count_unsent()
             for _ in self._unsent:
                 self._counters.add("link_lost_total", reason="connection lost")
             self._unsent.clear()
         if was_connected and not self._closing.is_set():
             self._report(f"lost the broker at {self._broker.host}:{self._broker.port}", "lost")
-
-    def _other_protocol(self) -> None:
-        five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
-        self._protocol = three if self._protocol == five else five
 
     def _report(self, problem: str, reason: str) -> None:
         self._counters.add("link_disconnects_total", reason=reason)
@@ -190,8 +201,7 @@ class MqttLink:
     ) -> None:
         if reason.is_failure:
             self._report(f"the broker at {self._broker.host}:{self._broker.port} refuses us: {reason}", "refused")
-            if "protocol" not in str(reason).lower():
-                self._other_protocol()  # undone by _serve: this was not about the version
+            self._refused = "protocol" not in str(reason).lower()
             return
         self._acknowledged = True
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
@@ -227,8 +237,7 @@ class MqttLink:
     def _published(
         self, client: Client, userdata: object, mid: int, reason: ReasonCode, properties: Properties | None
     ) -> None:
-        with self._lock:
-            self._unsent.pop(mid, None)
+        self._through.append(mid)
 
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         topic = message.topic
