@@ -1,0 +1,121 @@
+"""Reads the user's frames as the device will see them, and parts them by role so that no frame has two.
+
+Exits are fitted on `fit` frames, thresholds chosen on `threshold` frames, everything measured on `judge` frames:
+60, 20 and 20 of a hundred. Photos are shuffled first, by the seed. Frames of a clip are parted in contiguous blocks, since
+neighbours in time are nearly one frame, and a shuffle would put one of them on each side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.camera_replay import ReplayCamera
+from runtime.config import CameraConfig
+from runtime.datatypes import Tensor
+from runtime.errors import BundleError, CameraError
+from runtime.manifest import PreprocessSpec
+from runtime.preprocess import prepare
+
+Role = Literal["fit", "threshold", "judge"]
+ROLES: tuple[Role, ...] = get_args(Role)
+SHARES = (0.6, 0.2)  # fit, threshold; the rest judges
+LEAST = 20
+FOLDS = 5  # blocks of a clip's fit frames that are held out in turn
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSource:
+    """A folder of photos or a clip, or a stretch of one."""
+
+    path: Path
+    first_frame: int = 0
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSet:
+    """All frames, prepared, and who may use which."""
+
+    pixels: Tensor  # uint8 (frames, height, width, 3)
+    roles: dict[Role, NDArray[np.int64]]  # role → positions in `pixels`
+    groups: NDArray[np.int64]  # frames of one group are near each other in time, and are held out together
+    sha256: str
+
+    def of(self, role: Role) -> list[Tensor]:
+        """The frames of one role, each uint8 (1, height, width, 3)."""
+        return [self.pixels[position : position + 1] for position in self.roles[role]]
+
+
+def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames: int, seed: int) -> FrameSet:
+    """Read at most `max_frames` frames, spread evenly over each source, and part them.
+
+    Raises:
+        BundleError: a source cannot be read, or there are too few frames to part.
+    """
+    pixels: list[Tensor] = []
+    roles: dict[Role, list[int]] = {role: [] for role in ROLES}
+    groups: list[int] = []
+    generator = np.random.default_rng(seed)
+    for source in sources:
+        taken = _read(source, spec, max(1, max_frames // len(sources)))
+        order = list(range(len(taken)))
+        is_clip = source.path.is_file()
+        if not is_clip:
+            generator.shuffle(order)
+        for role, positions in zip(ROLES, _parts(order), strict=True):
+            roles[role].extend(len(pixels) + position for position in positions)
+        block = max(1, -(-round(len(taken) * SHARES[0]) // FOLDS)) if is_clip else 1
+        start = max(groups, default=-1) + 1
+        groups.extend(start + position // block for position in range(len(taken)))
+        pixels.extend(taken)
+    if len(pixels) < LEAST:
+        names = ", ".join(str(source.path) for source in sources)
+        raise BundleError(f"{names}: only {len(pixels)} frames; give at least {LEAST}, better some hundreds")
+    stacked = np.concatenate(pixels)
+    return FrameSet(
+        pixels=stacked,
+        roles={role: np.array(sorted(positions), np.int64) for role, positions in roles.items()},
+        groups=np.array(groups, np.int64),
+        sha256=hashlib.sha256(stacked.data).hexdigest(),
+    )
+
+
+def _parts(order: list[int]) -> tuple[list[int], list[int], list[int]]:
+    first = round(len(order) * SHARES[0])
+    second = round(len(order) * (SHARES[0] + SHARES[1]))
+    return order[:first], order[first:second], order[second:]
+
+
+def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> list[Tensor]:
+    if not source.path.exists():
+        raise BundleError(f"--frames {source.path} does not exist; give a folder of images or a video file")
+    config = CameraConfig(
+        kind="replay",
+        source=str(source.path),
+        realtime=False,
+        first_frame=source.first_frame,
+        frames=source.count,
+    )
+    # How long a clip is shows only at its end: every step-th frame is kept, and the step doubles when that is too many.
+    kept: list[Tensor] = []
+    step = 1
+    try:
+        for position, frame in enumerate(ReplayCamera("export", config).frames()):
+            if position % step:
+                continue
+            kept.append(prepare(frame.pixels, spec))
+            if len(kept) >= 2 * limit:
+                kept = kept[::2]
+                step *= 2
+    except CameraError as error:
+        raise BundleError(str(error).replace("camera export: ", "--frames ")) from error
+    if len(kept) > limit:
+        kept = [kept[place] for place in np.linspace(0, len(kept) - 1, limit).round().astype(int)]
+    return kept

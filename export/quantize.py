@@ -1,0 +1,336 @@
+"""Quantizes the whole model for a target, so that at every chosen cut it has a uint8 tensor of its own.
+
+The whole is quantized before it is cut: the wire then carries the model's own uint8, and the segments composed give
+the whole model's answer bit for bit. Convolutional networks get static QDQ throughout. Networks with attention or
+layer normalization keep those in float, and only their convolutions and products with weights are quantized.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from runtime.datatypes import Tensor
+from runtime.errors import BundleError
+from runtime.segment_onnx import session_options
+
+from export.cuts import Cut
+from export.graph import FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, constant, copy_of, finish
+
+Recipe = Literal["convolutional", "attention"]
+RECIPES: Mapping[Recipe, str] = {
+    "convolutional": "static QDQ, int8 weights per channel, uint8 activations, MinMax",
+    "attention": "static QDQ of Conv, Gemm and MatMul with weights, the rest float; uint8 per channel at the cuts",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How to quantize for one kind of processor."""
+
+    reduce_range: bool  # 7-bit weights
+    why: str
+
+
+TARGETS = {
+    "x86-vnni": Target(reduce_range=False, why="x86 with VNNI (2019 and later): int8 weights"),
+    "x86-avx2": Target(reduce_range=True, why="older x86: 7-bit weights, as sums of 8-bit products saturate there"),
+    "arm64": Target(reduce_range=False, why="Raspberry Pi 4/5, the CPU of a Jetson: int8 weights, no saturation"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What goes over the wire at a cut: the tensor's name in the quantized model, and how it reads as float."""
+
+    tensor: str
+    scale: NDArray[np.float32]  # () or (channels,)
+    zero_point: NDArray[np.uint8]
+    axis: int  # of the channels
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """The whole model, quantized, and its wires, one for each chosen cut."""
+
+    model: ModelProto
+    wires: tuple[Wire, ...]
+    recipe: Recipe
+
+
+def quantize(
+    trunk: ModelProto,
+    shapes: Mapping[str, Shape],
+    cuts: Sequence[Cut],
+    frames: Iterable[Tensor],
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    target: str,
+) -> Quantized:
+    """Quantize `trunk` on calibration frames, each uint8 (1, height, width, 3).
+
+    Args:
+        ranges: tensor of a cut → (lowest, highest) per channel, from `channel_ranges`.
+
+    Raises:
+        BundleError: ONNX Runtime cannot quantize this graph.
+    """
+    recipe = recipe_of(trunk)
+    frame_scale = _frame_scale(trunk)
+    overrides: dict[str, Any] = {}
+    if frame_scale is not None:
+        overrides = {frame_scale[0]: [{"scale": frame_scale[1], "zero_point": frame_scale[2]}]}
+    options: dict[str, Any] = {"TensorQuantOverrides": overrides}
+    op_types: list[str] | None = None
+    if recipe == "attention":
+        op_types = ["Conv", "Gemm", "MatMul"]
+        options |= {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
+    prologue = [node.name for node in trunk.graph.node if node.name.startswith(PROLOGUE)]
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        path = Path(scratch) / "quantized.onnx"
+        try:
+            quantize_static(
+                copy_of(trunk),
+                path,
+                _Frames(frames),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=op_types,
+                per_channel=True,
+                reduce_range=TARGETS[target].reduce_range,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=prologue,
+                extra_options=options,
+            )
+        except Exception as error:  # the quantizer raises whatever its parts raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BundleError(f"this model cannot be quantized ({reason}); add --float") from error
+        model = onnx.load(path)
+    _float_logits(model)
+    if frame_scale is not None:
+        _read_frame_directly(model, frame_scale[0])
+    fused = _fused(model, cuts)
+    wires = tuple(_wire(model, cut, recipe, shapes, ranges, fused=cut.tensor in fused) for cut in cuts)
+    _sort(model)
+    return Quantized(finish(model), wires, recipe)
+
+
+def recipe_of(trunk: ModelProto) -> Recipe:
+    """Which recipe a graph needs: products of two activations, softmax or layer normalization are left in float."""
+    index = Index(trunk)
+    for node in index.nodes:
+        if node.op_type in {"Softmax", "LayerNormalization"}:
+            return "attention"
+        if node.op_type == "MatMul" and all(index.constant(name) is None for name in node.input):
+            return "attention"
+    return "convolutional"
+
+
+def channel_ranges(
+    trunk: ModelProto, cuts: Sequence[Cut], frames: Iterable[Tensor], threads: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The lowest and highest value of each channel at each cut over the frames."""
+    if not cuts:
+        return {}
+    probe = copy_of(trunk)
+    elem = onnx.TensorProto.FLOAT
+    probe.graph.output.extend(helper.make_tensor_value_info(cut.tensor, elem, None) for cut in cuts)
+    session = ort.InferenceSession(probe.SerializeToString(), session_options(threads))
+    names = [cut.tensor for cut in cuts]
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for frame in frames:
+        for name, value in zip(names, session.run(names, {FRAME: frame}), strict=True):
+            rest = tuple(axis for axis in range(value.ndim) if axis != channel_axis(value.ndim))
+            low, high = value.min(axis=rest), value.max(axis=rest)
+            known = found.get(name)
+            found[name] = (low, high) if known is None else (np.minimum(known[0], low), np.maximum(known[1], high))
+    return found
+
+
+def channel_axis(rank: int) -> int:
+    """Where the channels lie: (batch, channels, height, width), (batch, tokens, channels) or (batch, channels)."""
+    return 1 if rank == 4 else rank - 1
+
+
+class _Frames(CalibrationDataReader):  # type: ignore[misc]
+    """Hands frames to the quantizer one by one."""
+
+    def __init__(self, frames: Iterable[Tensor]) -> None:
+        self._frames: Iterator[Tensor] = iter(frames)
+
+    def get_next(self) -> dict[str, Tensor] | None:
+        frame = next(self._frames, None)
+        return None if frame is None else {FRAME: frame}
+
+
+class _quiet:  # noqa: N801  reads as a statement
+    """Mute the quantizer's advice, which goes to the root logger."""
+
+    def __enter__(self) -> None:
+        self._disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self._disabled)
+
+
+def _float_logits(model: ModelProto) -> None:
+    """Take the quantization off the model's output: rounding would make ties of close logits."""
+    index = Index(model)
+    output = index.outputs[-1]
+    last = index.producer[output]
+    if last.op_type != "DequantizeLinear":
+        return
+    quantizer = index.producer.get(last.input[0])
+    if quantizer is None or quantizer.op_type != "QuantizeLinear":
+        return
+    logits = quantizer.input[0]
+    producer = index.producer[logits]
+    producer.output[list(producer.output).index(logits)] = output
+    for node in index.consumers[logits]:
+        _replace_input(node, logits, output)
+    model.graph.node.remove(last)
+    model.graph.node.remove(quantizer)
+
+
+def _frame_scale(trunk: ModelProto) -> tuple[str, NDArray[np.float32], NDArray[np.uint8]] | None:
+    """Whether pixels, as they are, read as a uint8 quantization of the network's input: all channels scaled alike."""
+    index = Index(trunk)
+    scale, bias = index.constant(f"{PROLOGUE}scale"), index.constant(f"{PROLOGUE}bias")
+    add = next((node for node in index.nodes if node.name == f"{PROLOGUE}Add"), None)
+    if scale is None or bias is None or add is None or np.ptp(scale) != 0 or np.ptp(bias) != 0:
+        return None
+    zero_point = -float(bias.flat[0]) / float(scale.flat[0])
+    if abs(zero_point - round(zero_point)) > 1e-4 or not 0 <= round(zero_point) <= 255:
+        return None
+    return add.output[0], np.array(scale.flat[0], np.float32), np.array(round(zero_point), np.uint8)
+
+
+def _read_frame_directly(model: ModelProto, image: str) -> None:
+    """Skip cast, scaling and quantization of pixels where together they give the pixels again."""
+    index = Index(model)
+    readers = index.consumers.get(image, [])
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return
+    skipped = [readers[0]]
+    name = image
+    while (node := index.producer[name]).op_type not in {*LAYOUT_OPS, "Gather"}:
+        skipped.append(node)
+        name = node.input[0]
+        if name == FRAME:
+            break
+    pixels = readers[0].output[0]
+    for node in index.consumers[pixels]:
+        _replace_input(node, pixels, name)
+    for node in skipped:
+        model.graph.node.remove(node)
+
+
+def _wire(
+    model: ModelProto,
+    cut: Cut,
+    recipe: Recipe,
+    shapes: Mapping[str, Shape],
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    fused: bool,
+) -> Wire:
+    """Find the uint8 tensor at a cut, or make one that every reader reads."""
+    index = Index(model)
+    readers = index.consumers.get(cut.tensor, [])
+    quantizers = [node for node in readers if node.op_type == "QuantizeLinear"]
+    if len(quantizers) == 1 and (fused or recipe == "convolutional"):
+        quantizer = quantizers[0]
+        dequantized = index.consumers[quantizer.output[0]][0].output[0]
+    else:
+        prefix = f"{cut.tensor}/cut"
+        low, high = ranges[cut.tensor]
+        if fused:
+            low, high = low.min(), high.max()
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scale = np.maximum((high - low) / 255, 1e-8).astype(np.float32)
+        zero_point = np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
+        model.graph.initializer.append(constant(f"{prefix}/scale", scale))
+        model.graph.initializer.append(constant(f"{prefix}/zero_point", zero_point))
+        axis = channel_axis(len(shapes[cut.tensor]))
+        names = [f"{prefix}/scale", f"{prefix}/zero_point"]
+        dequantized = f"{prefix}/dequantized"
+        quantizer = helper.make_node(
+            "QuantizeLinear", [cut.tensor, *names], [f"{prefix}/quantized"], f"{prefix}/quantize", axis=axis
+        )
+        model.graph.node.append(quantizer)
+        model.graph.node.append(
+            helper.make_node(
+                "DequantizeLinear", [f"{prefix}/quantized", *names], [dequantized], f"{prefix}/dequantize", axis=axis
+            )
+        )
+        index = Index(model)
+    for node in readers:
+        if node is not quantizer:
+            _replace_input(node, cut.tensor, dequantized)
+    scale_value, zero_value = index.constant(quantizer.input[1]), index.constant(quantizer.input[2])
+    if scale_value is None or zero_value is None or zero_value.dtype != np.uint8:
+        raise BundleError(f"the cut after {cut.after} has no uint8 tensor; choose another with --cuts or add --float")
+    return Wire(
+        quantizer.output[0],
+        scale_value.astype(np.float32),
+        zero_value.astype(np.uint8),
+        channel_axis(len(shapes[cut.tensor])),
+    )
+
+
+def _fused(model: ModelProto, cuts: Sequence[Cut]) -> set[str]:
+    """The cut tensors that onnxruntime will fuse with the layer before or behind them.
+
+    It fuses any layer between DequantizeLinear and QuantizeLinear, and then fails when one of them is per channel.
+    """
+    index = Index(model)
+    tensors = {cut.tensor for cut in cuts}
+    fused: set[str] = set()
+    for tensor in tensors:
+        reads = [name for name in index.producer[tensor].input if name in index.producer]
+        quantized = [name for name in reads if index.producer[name].op_type == "DequantizeLinear"]
+        if reads and all(name in tensors or name in quantized for name in reads):
+            fused.update([tensor, *(name for name in reads if name in tensors)])
+        elif quantized:
+            fused.add(tensor)
+    return fused
+
+
+def _replace_input(node: NodeProto, old: str, new: str) -> None:
+    for place, name in enumerate(node.input):
+        if name == old:
+            node.input[place] = new
+
+
+def _sort(model: ModelProto) -> None:
+    """Put the nodes into topological order again; ties keep the order they had."""
+    made = {FRAME, "", *(tensor.name for tensor in model.graph.initializer)}
+    waiting = list(model.graph.node)
+    ordered: list[NodeProto] = []
+    while waiting:
+        ready = [node for node in waiting if all(name in made for name in node.input)]
+        if not ready:
+            raise BundleError("the quantized graph has a cycle; add --float")
+        later = []
+        for node in waiting:
+            if all(name in made for name in node.input):
+                ordered.append(node)
+                made.update(node.output)
+            else:
+                later.append(node)
+        waiting = later
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
+
+
