@@ -1,0 +1,193 @@
+"""Proves a bundle before it is written: replays held-back frames through the runtime's own cascade and codecs.
+
+What is proved: the segments, with every cut's features sent through the raw codec, give the whole model's answer (int8
+bit for bit, float within FLOAT_TOLERANCE of the largest logit); the int8 model means what the float model means; which
+batches give each frame the answer it gets alone. What is measured: agreement and coverage of every exit, and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from runtime import cascade
+from runtime.codec import JpegCodec, RawCodec
+from runtime.datatypes import Features, Tensor
+from runtime.errors import BundleError
+from runtime.manifest import Bundle, CodecSpec, CutSpec, Measured, RateSpec
+from runtime.policy import ExitPolicy, classify
+from runtime.segment import Segment, load_segments
+from runtime.segment_onnx import session_options
+
+from export.agreement import cosine, measure
+from export.graph import FRAME
+
+FLOAT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below 1
+JPEG_QUALITIES = (50, 75, 90)
+MAX_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What the judge frames became on their way through the segments."""
+
+    features: tuple[list[Tensor], ...]  # by cut, from the frame to the logits
+    exit_logits: Mapping[int, NDArray[np.float32]]  # by cut of an exit with a file
+
+
+def run_whole(model: ModelProto, frames: Iterable[Tensor], threads: int = 1) -> NDArray[np.float32]:
+    """The logits of a whole model, frame by frame: (frames, classes)."""
+    session = ort.InferenceSession(model.SerializeToString(), session_options(threads))
+    output = session.get_outputs()[-1].name
+    return np.concatenate([session.run([output], {FRAME: frame})[0] for frame in frames])
+
+
+def replay(bundle: Bundle, frames: Sequence[Tensor]) -> Replayed:
+    """Run frames through every segment as tiers would, each cut's features encoded and decoded between two."""
+    manifest = bundle.manifest
+    segments, heads = load_segments(bundle, 0, len(manifest.segments) - 1)
+    early = {spec.cut: [] for spec in manifest.exits if spec.file is not None}  # type: dict[int, list[Tensor]]
+    features: tuple[list[Tensor], ...] = tuple([] for _ in manifest.cuts)
+    codecs = [RawCodec(cut) for cut in manifest.cuts[:-1]]
+    # A policy without thresholds but the last sends every frame the whole way.
+    policy = ExitPolicy({len(manifest.segments): 0.0})
+    tiers = [_tier(bundle, segments, heads, index) for index in segments]
+    for frame in frames:
+        tensor = frame
+        for tier, codec in zip(tiers, codecs, strict=True):
+            tensor = codec.decode(codec.encode(tensor))
+            features[tier.first].append(tensor)
+            if tier.first in early:
+                early[tier.first].append(heads[tier.first].run(tensor))
+            (outcome,) = cascade.run([Features(tier.first, tensor)], tier, policy)
+            if outcome.features is None:
+                tensor = tier.segments[tier.first].run(tensor)
+                said = classify(tensor[0], manifest.exits[-1])
+                if outcome.answer is None or outcome.answer.label_index != said.label_index:
+                    raise BundleError("the cascade's answer is not that of its last segment; report this as a defect")
+            else:
+                tensor = outcome.features.tensor
+        features[-1].append(tensor)
+    return Replayed(features, {cut: np.concatenate(rows) for cut, rows in early.items()})
+
+
+def check_parity(composed: NDArray[np.float32], whole: NDArray[np.float32], *, exact: bool) -> float:
+    """Compare the segments' logits with the whole model's; the greatest difference, relative to the largest logit.
+
+    Raises:
+        BundleError: they differ by more than they may.
+    """
+    difference = float(np.abs(composed - whole).max())
+    relative = difference / max(1.0, float(np.abs(whole).max()))
+    if exact and not np.array_equal(composed, whole):
+        raise BundleError(
+            f"the int8 segments composed differ from the whole int8 model by {difference:.2g}; "
+            "choose other cuts with --cuts, or add --float"
+        )
+    if not relative <= FLOAT_TOLERANCE:
+        raise BundleError(
+            f"the segments composed differ from the whole model by {relative:.2g} of its largest logit, "
+            f"more than {FLOAT_TOLERANCE:g}; choose other cuts with --cuts"
+        )
+    return relative
+
+
+def check_meaning(quantized: NDArray[np.float32], floating: NDArray[np.float32], least: float) -> float:
+    """Compare the quantized model's logits with the float model's; their mean cosine.
+
+    Raises:
+        BundleError: it is below `least`.
+    """
+    value = cosine(quantized, floating)
+    if not value >= least:
+        raise BundleError(
+            f"the quantized model's logits have a mean cosine of {value:.4f} with the float model's, below {least:g}; "
+            "give more frames like those the model was made for, add --float, or lower --min-cosine"
+        )
+    return value
+
+
+def judge_exits(bundle: Bundle, replayed: Replayed, floating: NDArray[np.float32]) -> dict[int, Measured]:
+    """What each exit does on its own on the judge frames; for the last, how often it agrees with the float model."""
+    answers = floating.argmax(axis=1)
+    measured: dict[int, Measured] = {}
+    for spec in bundle.manifest.exits:
+        logits = replayed.exit_logits.get(spec.cut)
+        rows = np.concatenate(replayed.features[-1]) if logits is None else logits
+        said = [classify(row, spec) for row in rows]
+        agrees = np.array([output.label_index for output in said]) == answers
+        answered = np.array([spec.threshold is not None and output.confidence >= spec.threshold for output in said])
+        measured[spec.cut] = measure(answered, agrees)
+    return measured
+
+
+def judge_cascade(bundle: Bundle, frames: Sequence[Tensor], floating: NDArray[np.float32]) -> dict[str, float]:
+    """The whole cascade with its thresholds in force: who answers, and how often as the float model would."""
+    segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
+    tier = cascade.Tier(bundle, segments, heads)
+    outcomes = [cascade.run([Features(0, frame)], tier, ExitPolicy.of(bundle))[0] for frame in frames]
+    said = [outcome.answer for outcome in outcomes if outcome.answer is not None]
+    agrees = [output.label_index == answer for output, answer in zip(said, floating.argmax(axis=1), strict=True)]
+    proof = {"cascade_agreement": round(float(np.mean(agrees)), 6)}
+    for spec in bundle.manifest.exits:
+        share = float(np.mean([output.exit == spec.cut for output in said]))
+        proof[f"cascade_answered_at_cut_{spec.cut}"] = round(share, 6)
+    return proof
+
+
+def measure_codecs(cuts: Sequence[CutSpec], features: Sequence[Sequence[Tensor]]) -> tuple[CutSpec, ...]:
+    """Every cut with the codecs it can be sent with, and their bytes on the judge frames; the last cut is not sent."""
+    measured: list[CutSpec] = []
+    for place, (cut, tensors) in enumerate(zip(cuts, features, strict=True)):
+        codecs: list[CodecSpec] = []
+        if place < len(cuts) - 1:
+            raw = RawCodec(cut)
+            codecs.append(CodecSpec(name="raw", rates=(_rate(0, [len(raw.encode(tensor)) for tensor in tensors]),)))
+        if place == 0:
+            rates = []
+            for quality in JPEG_QUALITIES:
+                jpeg = JpegCodec(cut, quality)
+                rates.append(_rate(quality, [len(jpeg.encode(tensor)) for tensor in tensors]))
+            codecs.append(CodecSpec(name="jpeg", rates=tuple(rates)))
+        measured.append(
+            CutSpec(after=cut.after, tensor=cut.tensor, shape=cut.shape, dtype=cut.dtype, codecs=tuple(codecs))
+        )
+    return tuple(measured)
+
+
+def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -> int:
+    """The largest batch, up to MAX_BATCH, such that it and every smaller one give each frame its own answer."""
+    session = ort.InferenceSession(model.SerializeToString(), session_options(1))
+    name = session.get_inputs()[0].name
+    alone = np.concatenate([session.run(None, {name: frame})[0] for frame in frames[:MAX_BATCH]])
+    for size in range(2, len(alone) + 1):
+        try:
+            (together,) = session.run(None, {name: np.concatenate(frames[:size])})
+        except Exception:  # noqa: BLE001  onnxruntime's own errors share no public base class; any means: not this batch
+            return size - 1
+        same = np.array_equal(together, alone[:size])
+        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(alone).max()))
+        close = together.dtype.kind == "f" and float(np.abs(together - alone[:size]).max()) <= limit
+        if not same and (exact or not close):
+            return size - 1
+    return len(alone)
+
+
+def _tier(
+    bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Segment], index: int
+) -> cascade.Tier:
+    behind = {cut: head for cut, head in heads.items() if cut == index + 1}
+    return cascade.Tier(bundle, {index: segments[index]}, behind)
+
+
+def _rate(parameter: float, sizes: Sequence[int]) -> RateSpec:
+    return RateSpec(
+        parameter=parameter,
+        bytes_p50=int(np.percentile(sizes, 50, method="higher")),
+        bytes_p95=int(np.percentile(sizes, 95, method="higher")),
+    )

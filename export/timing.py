@@ -1,0 +1,87 @@
+"""Measures how long the part of a model before and after each cut takes on this machine, on one thread."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto
+
+from runtime.datatypes import Tensor
+from runtime.segment_onnx import session_options
+
+from export.graph import extract
+from export.slicing import Chain
+
+REPEATS = 9
+WARM_UP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Milliseconds for one frame, median of several."""
+
+    before_ms: float
+    after_ms: float
+
+
+def run_ms(model: ModelProto, batch: Tensor) -> float:
+    """The median time of one run."""
+    session = ort.InferenceSession(model.SerializeToString(), session_options(1))
+    feed = {session.get_inputs()[0].name: batch}
+    elapsed: list[float] = []
+    for turn in range(WARM_UP + REPEATS):
+        start = time.perf_counter()
+        session.run(None, feed)
+        if turn >= WARM_UP:
+            elapsed.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(elapsed)
+
+
+def time_chain(chain: Chain, wanted: Iterable[int], frame: Tensor) -> list[Timed]:
+    """Time the whole model up to each wanted wire, and take what is left for the rest."""
+    whole_ms = run_ms(chain.whole, frame)
+    timed: list[Timed] = []
+    for wire in wanted:
+        output = chain.segments[wire - 1].graph.output[0]
+        before_ms = run_ms(extract(chain.whole, list(chain.whole.graph.input), [output], "prefix"), frame)
+        timed.append(Timed(round(before_ms, 3), round(max(0.0, whole_ms - before_ms), 3)))
+    return timed
+
+
+def time_segments(segments: Sequence[ModelProto], frame: Tensor) -> list[float]:
+    """The median time of each segment, fed with what the one before it made."""
+    batch, times = frame, []
+    for model in segments:
+        times.append(round(run_ms(model, batch), 3))
+        session = ort.InferenceSession(model.SerializeToString(), session_options(1))
+        (batch,) = session.run(None, {session.get_inputs()[0].name: batch})
+    return times
+
+
+def machine() -> dict[str, str]:
+    """What the times were measured on."""
+    return {"processor": _processor(), "system": platform.system(), "onnxruntime": ort.__version__}
+
+
+def noise(shape: Sequence[int], seed: int) -> Tensor:
+    """A frame for timing only: what a network computes hardly changes how long it takes."""
+    return np.random.default_rng(seed).integers(0, 256, (1, *shape), dtype=np.uint8)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            for line in lines:
+                if line.startswith(("model name", "Model")):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
