@@ -359,3 +359,27 @@ def _exit(cut: int) -> ExitSpec:
 def _with(bundle: Bundle, **fields: object) -> Bundle:
     manifest = msgspec.structs.replace(bundle.manifest, **fields)
     return Bundle(bundle.path, manifest, bundle.id, bundle.labels)
+
+
+def time_cuts(opened: Opened, recipe: Recipe, report: Report) -> dict[str, list[timing.Timed]]:
+    """Time the model before and after every cut: float, and int8 unless the recipe says float.
+
+    Without frames the int8 model is calibrated on noise: its answers would be worthless, its speed is the same.
+    """
+    trunk, shapes, cuts = opened.simplified.trunk(), opened.simplified.shapes, opened.cuts
+    frame = timing.noise(shapes[trunk.graph.input[0].name][1:], recipe.seed)
+    report.stage("time every cut, float")
+    wires = range(1, len(cuts) + 1)
+    timed = {"float": timing.time_chain(slice_float(trunk, cuts, shapes), report.track(wires, "float"), frame)}
+    if recipe.target is not None:
+        report.stage(f"time every cut, int8 for {recipe.target}")
+        if recipe.frames:
+            frames = load_frames(recipe.frames, opened.source.preprocess, min(recipe.max_frames, 50), recipe.seed)
+            sample = frames.of("fit")
+        else:
+            sample = [frame]
+        ranges = channel_ranges(trunk, cuts, sample, recipe.threads)
+        quantized = quantize(trunk, shapes, cuts, sample, ranges, recipe.target)
+        chain = slice_quantized(quantized, cuts, shapes)
+        timed["int8"] = timing.time_chain(chain, report.track(wires, "int8"), frame)
+    return timed

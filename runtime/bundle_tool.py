@@ -1,0 +1,194 @@
+"""The command `kinflow bundle`: show what a bundle holds, and verify it on the machine that is to run it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+import numpy as np
+import onnxruntime as ort
+
+from runtime.datatypes import Tensor
+from runtime.errors import BundleError
+from runtime.manifest import Bundle, CutSpec, ExitSpec, load, verify_files
+from runtime.segment import load_segments
+
+COSINE = 0.999  # of the logits, where another processor does not give the very same numbers
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """What `verify` found."""
+
+    id: str
+    frames: int
+    bit_identical: bool  # else: the same answers, and logits within COSINE
+    logit_cosine: float  # the least of any golden frame
+    onnxruntime: str
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bundle_group() -> None:
+    """Show or verify a bundle."""
+
+
+@bundle_group.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def show(bundle: Path, as_json: bool) -> None:
+    """Show segments, cuts, exits, and what was measured for each when the bundle was made."""
+    loaded = load(bundle)
+    if as_json:
+        data = msgspec.json.encode({"id": loaded.id, "manifest": loaded.manifest})
+        click.echo(msgspec.json.format(data, indent=1).decode())
+    else:
+        click.echo(describe(loaded))
+
+
+@bundle_group.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check structure and digests, and run the golden frames through the onnxruntime of this machine."""
+    found = verify_bundle(bundle)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+        return
+    how = (
+        "bit for bit as exported"
+        if found.bit_identical
+        else f"within tolerance: the same answers, logit cosine {found.logit_cosine:.6f} or more"
+    )
+    click.echo(f"{bundle} is sound: {found.frames} golden frames, {how} (onnxruntime {found.onnxruntime})")
+
+
+def verify_bundle(path: Path) -> Verified:
+    """Check a bundle from its structure to what its segments compute here.
+
+    Raises:
+        BundleError: with one sentence that says what is wrong.
+    """
+    bundle = load(path)
+    verify_files(bundle)
+    golden = _golden(bundle)
+    segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
+    identical, least = True, 1.0
+    for row, frame in enumerate(golden["frames"]):
+        tensor: Tensor = frame[np.newaxis]
+        for index, segment in segments.items():
+            tensor = segment.run(tensor)
+            expected = golden[f"cut_{index + 1}"][row : row + 1]
+            _check_shape(tensor, expected, index)
+            identical = identical and np.array_equal(tensor, expected)
+            if index + 1 in heads:
+                heads[index + 1].run(tensor)
+        logits = golden[f"cut_{len(segments)}"][row]
+        least = min(least, _cosine(tensor[0], logits))
+        if int(tensor[0].argmax()) != int(logits.argmax()) or least < COSINE:
+            raise BundleError(
+                f"onnxruntime {ort.__version__} on this machine gives another answer than the exporter did for golden "
+                f"frame {row} (logit cosine {least:.4f}); export the bundle with a --target for this machine"
+            )
+    return Verified(bundle.id, len(golden["frames"]), identical, least, ort.__version__)
+
+
+def describe(bundle: Bundle) -> str:
+    """The bundle in words and tables, for a person."""
+    manifest = bundle.manifest
+    spec, made = manifest.preprocess, manifest.provenance
+    frames = ", ".join(f"{count} {role}" for role, count in made.frames.items())
+    tiers = {tier.last_segment: tier.name for tier in manifest.tiers}
+    parts = [
+        f"{manifest.name} ({bundle.id[:16]}): {len(bundle.labels)} classes, {spec.height}x{spec.width} pixels",
+        f"source: {made.source}",
+        f"quantization: {made.quantization} (target {made.target}, opset {made.opset})",
+        f"frames: {frames}",
+        "",
+        _table(
+            ("segment", "file", "bytes", "MACs", "max batch", "tier ends"),
+            [
+                (
+                    str(index),
+                    segment.file,
+                    f"{_size_bytes(bundle, segment.file):,}",
+                    f"{segment.macs:,}",
+                    str(segment.max_batch_size),
+                    tiers.get(index, ""),
+                )
+                for index, segment in enumerate(manifest.segments)
+            ],
+        ),
+        "",
+        _table(("cut", "after", "shape", "dtype", "bytes p50 by codec"), _cut_rows(manifest.cuts)),
+        "",
+        _table(("exit", "threshold", "target", "answers", "agreement [95 %]"), _exit_rows(manifest.exits)),
+        "",
+        "proof: " + ", ".join(f"{key} {value:g}" for key, value in manifest.proof.items()),
+    ]
+    return "\n".join(parts)
+
+
+def _cut_rows(cuts: Sequence[CutSpec]) -> list[tuple[str, ...]]:
+    rows = []
+    for index, cut in enumerate(cuts):
+        codecs = [
+            f"{codec.name}{f':{rate.parameter:g}' if len(codec.rates) > 1 else ''} {rate.bytes_p50:,}"
+            for codec in cut.codecs
+            for rate in codec.rates
+            if rate.bytes_p50 is not None
+        ]
+        rows.append((str(index), cut.after, "x".join(map(str, cut.shape)), cut.dtype, ", ".join(codecs)))
+    return rows
+
+
+def _exit_rows(exits: Sequence[ExitSpec]) -> list[tuple[str, ...]]:
+    rows = []
+    for spec in exits:
+        measured = spec.measured
+        answers = agreement = ""
+        if measured is not None:
+            answers = f"{measured.coverage:.0%} of {measured.n}"
+            if measured.agreement is not None:
+                agreement = f"{measured.agreement:.3f} [{measured.agreement_low:.3f}, {measured.agreement_high:.3f}]"
+        threshold = "none: never" if spec.threshold is None else f"{spec.threshold:.3f}"
+        rows.append((str(spec.cut), threshold, f"{spec.agreement:g}", answers, agreement))
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _size_bytes(bundle: Bundle, file: str) -> int:
+    return next(spec.size_bytes for spec in bundle.manifest.files if spec.path == file)
+
+
+def _golden(bundle: Bundle) -> Mapping[str, Tensor]:
+    wanted = ["frames", *(f"cut_{cut}" for cut in range(1, len(bundle.manifest.cuts)))]
+    path = bundle.file(bundle.manifest.golden)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            golden = {name: arrays[name] for name in wanted}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{bundle.manifest.golden} is damaged: {error}; export the bundle again") from error
+    if any(len(array) != len(golden["frames"]) or not len(array) for array in golden.values()):
+        raise BundleError(f"{bundle.manifest.golden} is damaged: its arrays differ in length; export the bundle again")
+    return golden
+
+
+def _check_shape(tensor: Tensor, expected: Tensor, index: int) -> None:
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        raise BundleError(
+            f"segment {index} gives {tensor.shape} {tensor.dtype}, its golden vector is {expected.shape} "
+            f"{expected.dtype}; export the bundle again"
+        )
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 else float(np.array_equal(a, b))
