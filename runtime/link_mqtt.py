@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.25, 30.0
 DRAIN_S = 2.0
-LOOP_S = 0.5
+LOOP_S = 0.25
 
 
 class MqttLink:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime import manifest
+from runtime import cascade, manifest
+from runtime.camera_replay import ReplayCamera
+from runtime.config import BrokerConfig, CameraConfig
+from runtime.datatypes import ExitOutput, Features
+from runtime.device import Device
 from runtime.manifest import (
     CodecSpec,
     CutSpec,
@@ -26,6 +33,10 @@ from runtime.manifest import (
     SegmentSpec,
     TierSpec,
 )
+from runtime.node import Node
+from runtime.policy import ExitPolicy
+from runtime.preprocess import prepare
+from runtime.segment import load_segments
 
 CLASSES = 5
 RAW = CodecSpec(name="raw", rates=(RateSpec(parameter=0),))
@@ -103,7 +114,9 @@ def _files(rng: np.random.Generator) -> dict[str, bytes]:
     }
 
 
-def write_tiny_bundle(path: Path, *, thresholds: tuple[float | None, float | None] = (0.6, 0.6)) -> Path:
+def write_tiny_bundle(
+    path: Path, *, thresholds: tuple[float | None, float | None] = (0.6, 0.6), heads: bool = True
+) -> Path:
     """Write the tiny bundle to `path`: uint8 cuts of 4x8x8 and 6x4x4, five classes, 16x16 pixels."""
     rng = np.random.default_rng(0)
     files = _files(rng)
@@ -133,8 +146,11 @@ def write_tiny_bundle(path: Path, *, thresholds: tuple[float | None, float | Non
                 for index, (shape, dtype) in enumerate(cuts)
             ),
             exits=(
-                ExitSpec(cut=1, file="exits/1.onnx", temperature=1.0, threshold=thresholds[0], agreement=0.9),
-                ExitSpec(cut=2, file="exits/2.onnx", temperature=1.0, threshold=thresholds[1], agreement=0.9),
+                *(
+                    ExitSpec(cut=cut, file=f"exits/{cut}.onnx", temperature=1.0, threshold=threshold, agreement=0.9)
+                    for cut, threshold in enumerate(thresholds, 1)
+                    if heads
+                ),
                 ExitSpec(cut=3, file=None, temperature=1.0, threshold=0.0, agreement=1.0),
             ),
             tiers=tuple(
@@ -190,3 +206,48 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, low in itertools.islice(enumerate(itertools.cycle(range(0, 200, 7))), 40):
         cv2.imwrite(str(folder / f"{index:03}.png"), rng.integers(low, low + 56, (24, 32, 3)).astype(np.uint8))
     return folder
+
+
+@contextlib.contextmanager
+def _serving(tier: Device | Node) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=tier.run, args=(stop,), name="tier")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(15)
+        assert not thread.is_alive(), "the tier did not stop"
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Device | Node], contextlib.AbstractContextManager[None]]:
+    """Runs a device or a node in a thread for as long as a `with` lasts."""
+    return _serving
+
+
+@pytest.fixture
+def memory_broker() -> BrokerConfig:
+    """A broker in memory that no other test uses."""
+    return BrokerConfig(host=f"memory-{uuid.uuid4()}", kind="memory")
+
+
+@pytest.fixture(scope="session")
+def whole_answers() -> Callable[[Path, Path], list[ExitOutput]]:
+    """What the whole chain says of every picture of a folder, run in this process without any link."""
+
+    def answers(bundle_path: Path, source: Path) -> list[ExitOutput]:
+        bundle = manifest.load(bundle_path)
+        last = len(bundle.manifest.segments) - 1
+        tier = cascade.Tier(bundle, *load_segments(bundle, 0, last))
+        policy = ExitPolicy.of(bundle, early=False)
+        found = []
+        for frame in ReplayCamera("cam", CameraConfig(kind="replay", source=str(source), realtime=False)).frames():
+            features = Features(0, prepare(frame.pixels, bundle.manifest.preprocess))
+            answer = cascade.run([features], tier, policy)[0].answer
+            assert answer is not None
+            found.append(answer)
+        return found
+
+    return answers

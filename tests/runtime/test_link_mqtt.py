@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from runtime.config import BrokerConfig
+from runtime.counters import Counters
+from runtime.link_mqtt import MqttLink
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bytes]] = []
+
+    def __call__(self, topic: str, payload: bytes) -> None:
+        self.messages.append((topic, payload))
+
+
+def until(condition: Callable[[], object], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., MqttLink]]:
+    links: list[MqttLink] = []
+
+    def open_one(broker: Any, name: str = "one", *, counters: Counters | None = None, **settings: Any) -> MqttLink:
+        config = BrokerConfig(host=broker.host, port=broker.port, **settings)
+        link = MqttLink(config, client_id=name, will=(f"will/{name}", b"gone"), counters=counters or Counters())
+        links.append(link)
+        return link
+
+    yield open_one
+    for link in links:
+        link.close()
+
+
+def test_a_message_reaches_the_other_end(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
+    inbox = Inbox()
+    receiver, sender = connect(mosquitto, "receiver"), connect(mosquitto, "sender")
+    receiver.subscribe("a/+/c", inbox)
+    receiver.start()
+    sender.start()
+    assert until(lambda: receiver.connected and sender.connected)
+    assert sender.publish("a/b/c", b"payload") == 1 + 1 + 2 + 5 + 1 + 7
+    assert sender.publish("a/b/d", b"elsewhere", qos=1) > 0
+    assert until(lambda: inbox.messages)
+    assert inbox.messages == [("a/b/c", b"payload")]
+
+
+def test_everything_comes_back_after_the_broker_was_killed(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
+    inbox, connects = Inbox(), []
+    counters = Counters()
+    receiver, sender = connect(mosquitto, "receiver", counters=counters), connect(mosquitto, "sender")
+    receiver.subscribe("a", inbox)
+    receiver.on_connect(lambda: connects.append(1))
+    receiver.start()
+    sender.start()
+    assert until(lambda: receiver.connected and sender.connected)
+    mosquitto.kill()
+    assert until(lambda: not receiver.connected and not sender.connected)
+    assert sender.publish("a", b"lost") == 0
+    mosquitto.restart()
+    assert until(lambda: receiver.connected and sender.connected)
+    assert sender.publish("a", b"back") > 0
+    assert until(lambda: inbox.messages)
+    assert inbox.messages == [("a", b"back")]
+    assert len(connects) == 2
+    assert counters.snapshot()["link_connects_total"] == 2
+    assert counters.total("link_disconnects_total") >= 1
+
+
+def test_a_failing_handler_does_not_end_the_link(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
+    inbox, counters = Inbox(), Counters()
+    link = connect(mosquitto, counters=counters)
+
+    def fail(topic: str, payload: bytes) -> None:
+        raise RuntimeError("a bug")
+
+    link.subscribe("a", fail)
+    link.subscribe("a", inbox)
+    link.start()
+    assert until(lambda: link.connected)
+    for _ in range(3):
+        link.publish("a", b"x")
+    assert until(lambda: len(inbox.messages) == 3)
+    assert counters.snapshot()["link_callback_errors_total"] == 3
+
+
+def test_what_waits_for_the_broker_is_bounded(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
+    counters = Counters()
+    link = connect(mosquitto, counters=counters, max_unsent_messages=4, max_unsent_bytes=1000)
+    ready, go = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        ready.set()
+        go.wait(10)
+
+    link.on_connect(stand_still)  # on the thread that writes
+    link.start()
+    assert ready.wait(10)
+    assert [link.publish("a", b"x") > 0 for _ in range(6)] == [True] * 4 + [False] * 2
+    go.set()
+    assert until(lambda: link.publish("a", b"x") > 0)
+    assert link.publish("a", bytes(2000)) == 0
+    assert counters.snapshot()['link_refused_total{reason="full"}'] >= 3
+
+
+def test_publishing_from_several_threads_neither_hangs_nor_mixes(
+    mosquitto: Any, connect: Callable[..., MqttLink]
+) -> None:
+    inbox = Inbox()
+    link = connect(mosquitto, max_unsent_messages=10_000)
+    link.subscribe("many/+", inbox)
+    link.start()
+    assert until(lambda: link.connected)
+
+    def publish(number: int) -> None:
+        for index in range(200):
+            link.publish(f"many/{number}", bytes([number]) * (index + 1), qos=index % 2)
+
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert until(lambda: len(inbox.messages) == 800)
+    assert all(set(payload) == {int(topic[-1])} for topic, payload in inbox.messages)
+
+
+def test_a_payload_over_the_brokers_limit_is_refused_before_it_is_sent(
+    start_mosquitto: Callable[..., Any], connect: Callable[..., MqttLink], caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Counters()
+    broker = start_mosquitto("")
+    link = connect(broker, counters=counters)
+    link.start()
+    assert until(lambda: link.connected)
+    # The shipped mosquitto.conf allows 10 MB, and says so in CONNACK.
+    link_bytes = 11 * 1024 * 1024
+    assert link.publish("a", bytes(link_bytes)) == 0
+    assert counters.snapshot()['link_refused_total{reason="oversize"}'] == 1
+    assert "max_packet_size" in caplog.text
+    assert link.connected
+
+
+def test_the_will_is_left_when_a_client_vanishes(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
+    inbox = Inbox()
+    watcher = connect(mosquitto, "watcher")
+    watcher.subscribe("will/+", inbox)
+    watcher.start()
+    assert until(lambda: watcher.connected)
+    code = (
+        "import sys, time\n"
+        "from runtime.config import BrokerConfig\nfrom runtime.counters import Counters\n"
+        "from runtime.link_mqtt import MqttLink\n"
+        f"link = MqttLink(BrokerConfig(host='127.0.0.1', port={mosquitto.port}), client_id='ghost', "
+        "will=('will/ghost', b'gone'), counters=Counters())\n"
+        "link.start()\n"
+        "while not link.connected: time.sleep(.01)\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as ghost:
+        assert ghost.stdout is not None
+        assert ghost.stdout.readline() == b"up\n"
+        ghost.kill()
+    assert until(lambda: inbox.messages)
+    assert inbox.messages == [("will/ghost", b"gone")]
+
+
+def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(
+    free_port: Callable[[], int], connect: Callable[..., MqttLink]
+) -> None:
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-m", "runtime.broker", str(port)], stdin=subprocess.PIPE) as process:
+        try:
+            broker = type("Broker", (), {"host": "127.0.0.1", "port": port})
+            inbox = Inbox()
+            link = connect(broker)
+            link.subscribe("a", inbox)
+            link.start()
+            assert until(lambda: link.connected, 20)
+            assert link.publish("a", b"x") == 1 + 1 + 2 + 1 + 1
+            assert until(lambda: inbox.messages)
+        finally:
+            process.terminate()
+
+
+def test_nothing_listens_and_the_link_still_closes_at_once(
+    free_port: Callable[[], int], connect: Callable[..., MqttLink]
+) -> None:
+    link = connect(type("Broker", (), {"host": "127.0.0.1", "port": free_port()}))
+    link.start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    link.close()
+    assert time.monotonic() - start < 2
+    assert not link.connected

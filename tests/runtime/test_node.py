@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runtime import manifest, packet, reply
+from runtime.codec import CODECS, RawCodec
+from runtime.config import BrokerConfig, NodeConfig, UplinkConfig
+from runtime.counters import Counters
+from runtime.device import Device
+from runtime.errors import BundleError, ConfigError, PacketError
+from runtime.link import Link, open_link
+from runtime.manifest import Bundle
+from runtime.node import Node
+from runtime.packet import Kind, Packet
+
+Serving = Callable[[Device | Node], AbstractContextManager[None]]
+
+
+class Client:
+    """A device's side of the wire, in a test's hand."""
+
+    def __init__(self, broker: BrokerConfig, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._topic = f"kinflow/v1/home/d/cam/req/{bundle.key8}"
+        self._codec = RawCodec(bundle.manifest.cuts[1])
+        self.replies: dict[int, Packet] = {}
+        self._arrived = threading.Condition()
+        self.link: Link = open_link(broker, client_id="cam", counters=Counters())
+        self.link.subscribe("kinflow/v1/home/d/cam/res", self._receive)
+        self.link.start()
+
+    def _receive(self, topic: str, data: bytes) -> None:
+        with self._arrived:
+            message = packet.unpack(data)
+            self.replies[message.sequence] = message
+            self._arrived.notify_all()
+
+    def request(self, sequence: int, **changes: Any) -> Packet:
+        rng = np.random.default_rng(sequence)
+        tensor = rng.integers(0, 60, (1, 4, 8, 8)).astype(np.uint8)
+        fields = {"kind": Kind.FEATURES, "bundle": self._bundle.key, "session": 7, "sequence": sequence}
+        more = {"payload": self._codec.encode(tensor), "codec": CODECS["raw"], "cut": 1, "budget_ms": 3000}
+        return Packet(**{**fields, **more, **changes})
+
+    def send(self, message: Packet | bytes) -> None:
+        self.link.publish(f"{self._topic}/1", message if isinstance(message, bytes) else packet.pack(message))
+
+    def await_reply(self, sequence: int, seconds: float = 5) -> Packet:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: sequence in self.replies, seconds), f"no reply to {sequence}"
+            return self.replies[sequence]
+
+    def ask(self, sequence: int, **changes: Any) -> reply.Reply | str:
+        """Send a request and return the answer, or the sentence of the refusal."""
+        self.send(self.request(sequence, **changes))
+        message = self.await_reply(sequence)
+        assert message.session == changes.get("session", 7)
+        return reply.decode(message.payload) if message.kind is Kind.RESULT else message.payload.decode()
+
+
+@pytest.fixture
+def client(memory_broker: BrokerConfig, shared_bundle: Path) -> Iterator[Client]:
+    made = Client(memory_broker, manifest.load(shared_bundle))
+    yield made
+    made.link.close()
+
+
+@pytest.fixture
+def node(memory_broker: BrokerConfig, shared_bundle: Path, serving: Serving) -> Iterator[Node]:
+    made = Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box"))
+    with serving(made):
+        yield made
+
+
+def test_a_request_is_answered(client: Client, node: Node) -> None:
+    answer = client.ask(1)
+    assert isinstance(answer, reply.Reply)
+    assert answer.tier == "cloud"
+    assert answer.exit in (2, 3)
+    assert {"cloud.queue", "cloud.decode", "cloud.segment1"} <= set(answer.timings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bundle": bytes(8)}, "install the same on every tier"),
+        ({"cut": 3}, "cut 3 is past it"),
+        ({"cut": 255}, "cut 255 is past it"),
+        ({"codec": 99}, "codec 99 at rate 0 is not in this bundle"),
+        ({"rate": 5}, "codec 1 at rate 5 is not in this bundle"),
+        ({"cut": 2}, "unfolds to 256 bytes, this cut has 96"),
+        ({"payload": b""}, "no zstd frame"),
+        ({"payload": b"x" * 1000}, "no zstd frame"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_sentence(
+    client: Client, node: Node, changes: dict[str, Any], sentence: str
+) -> None:
+    answer = client.ask(1, **changes)
+    assert isinstance(answer, str)
+    assert sentence in answer
+    assert node.counters.total("packets_refused_total") == 1
+    assert isinstance(client.ask(2), reply.Reply)
+
+
+def test_a_request_whose_budget_has_ended_is_not_run(client: Client, node: Node) -> None:
+    client.send(client.request(1, budget_ms=0))
+    assert isinstance(client.ask(2), reply.Reply)
+    assert 1 not in client.replies
+    assert node.counters.snapshot()['requests_dropped_total{reason="deadline"}'] == 1
+
+
+def test_ten_thousand_pieces_of_garbage(client: Client, node: Node) -> None:
+    """Every one is refused and counted, none ends the node, and a good request is answered after each lot."""
+    sent = 0
+    wrong = 0
+
+    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32))
+    def throw(seed: int) -> None:
+        nonlocal sent, wrong
+        chance = random.Random(seed)
+        for index in range(20):
+            data = bytearray(packet.pack(client.request(index)))
+            match chance.randrange(4):
+                case 0:
+                    data = bytearray(chance.randbytes(chance.randrange(200)))
+                case 1:
+                    data = data[: chance.randrange(len(data))]
+                case 2:
+                    data += chance.randbytes(chance.randrange(1, 50))
+                case 3:
+                    for _ in range(chance.randrange(1, 8)):
+                        data[chance.randrange(len(data))] = chance.randrange(256)
+            sent += 1
+            try:
+                packet.unpack(bytes(data))
+            except PacketError:
+                wrong += 1
+            client.send(bytes(data))
+
+    throw()
+    assert sent >= 10_000
+    client.link.publish("kinflow/v1/home/d/cam/req/+/1", b"")
+    assert isinstance(client.ask(2**31), reply.Reply)
+    counts = node.counters.snapshot()
+    assert counts['packets_refused_total{reason="damaged"}'] >= wrong
+    accounted = sum(
+        node.counters.total(name) for name in ("packets_refused_total", "requests_dropped_total", "replies_total")
+    )
+    assert accounted == sent + 2  # the request at the end, and the one on a topic that is none
+
+
+def test_requests_that_come_together_run_together(
+    memory_broker: BrokerConfig, shared_bundle: Path, client: Client, serving: Serving
+) -> None:
+    config = NodeConfig(
+        bundle=str(shared_bundle), broker=memory_broker, id="box", max_batch_size=4, max_queue_delay_ms=500
+    )
+    alone = {}
+    with serving(Node(msgspec.structs.replace(config, max_batch_size=1))):
+        for sequence in range(8):
+            answer = client.ask(sequence)
+            assert isinstance(answer, reply.Reply)
+            alone[sequence] = answer.topk
+    client.replies.clear()
+    node = Node(config)
+    with serving(node):
+        for sequence in range(8):
+            client.send(client.request(sequence))
+        together = {sequence: reply.decode(client.await_reply(sequence).payload).topk for sequence in range(8)}
+    assert together == alone
+    assert node.counters.snapshot()['batches_total{size="4"}'] == 2
+
+
+def test_a_full_queue_says_so(
+    memory_broker: BrokerConfig, shared_bundle: Path, client: Client, serving: Serving
+) -> None:
+    config = NodeConfig(
+        bundle=str(shared_bundle),
+        broker=memory_broker,
+        id="box",
+        max_batch_size=8,
+        max_queue_delay_ms=300,
+        max_queue_frames=2,
+    )
+    node = Node(config)
+    with serving(node):
+        for sequence in range(50):
+            client.send(client.request(sequence))
+        time.sleep(0.5)
+    refused = [message for message in client.replies.values() if message.kind is Kind.REFUSAL]
+    assert refused
+    assert all(message.payload == b"this node is busy" for message in refused)
+    assert len(client.replies) == 50
+
+
+@pytest.fixture
+def edge(memory_broker: BrokerConfig, shared_bundle: Path) -> Node:
+    return Node(
+        NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="edge", early_exits=False, uplink=UplinkConfig())
+    )
+
+
+def test_an_edge_node_escalates_and_brings_the_answer_down(
+    edge: Node, client: Client, memory_broker: BrokerConfig, shared_bundle: Path, serving: Serving
+) -> None:
+    cloud = Node(
+        NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="cloud", serves="nodes", early_exits=False)
+    )
+    with ExitStack() as stack:
+        stack.enter_context(serving(cloud))
+        stack.enter_context(serving(edge))
+        answer = client.ask(1)
+    assert isinstance(answer, reply.Reply)
+    assert (answer.tier, answer.exit, answer.degraded) == ("cloud", 3, None)
+    assert {"edge.segment1", "edge.network", "cloud.segment2"} <= set(answer.timings)
+    assert all(took_ms >= 0 for took_ms in answer.timings.values())
+    assert edge.counters.total("offload_bytes_total") > 44
+
+
+def test_an_edge_node_answers_itself_when_the_cloud_is_gone(edge: Node, client: Client, serving: Serving) -> None:
+    with serving(edge):
+        start = time.monotonic()
+        answer = client.ask(1, budget_ms=300)
+        took_s = time.monotonic() - start
+    assert isinstance(answer, reply.Reply)
+    assert (answer.tier, answer.exit, answer.degraded) == ("edge", 2, "edge uplink: deadline")
+    assert 0.2 < took_s < 0.3 + 0.25
+
+
+def test_a_node_without_an_uplink_must_run_to_the_end(shared_bundle: Path, memory_broker: BrokerConfig) -> None:
+    with pytest.raises(ConfigError, match="a node without an uplink runs them to the end"):
+        Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, last_segment=1))
+
+
+def test_a_truncated_segment_is_refused_at_the_start(tiny_bundle: Path, memory_broker: BrokerConfig) -> None:
+    path = tiny_bundle / "segments/1.onnx"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BundleError, match=r"segments/1\.onnx has \d+ bytes, the manifest says"):
+        Node(NodeConfig(bundle=str(tiny_bundle), broker=memory_broker))
