@@ -1,0 +1,154 @@
+"""The whole system as processes with a real broker between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import manifest
+from runtime.config import CameraConfig
+from runtime.datatypes import Dropped, ExitOutput, Result
+from runtime.sim import Simulation, run
+
+FIELDS = {"frame", "label", "confidence", "tier", "exit", "codec", "bytes_up", "age_ms", "timings", "degraded"}
+
+
+def kinflow(*arguments: str | Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+
+
+def test_three_tiers_over_mosquitto_agree_with_the_whole_chain_bit_for_bit(
+    shared_bundle: Path,
+    photos: Path,
+    mosquitto: Any,
+    whole_answers: Callable[[Path, Path], list[ExitOutput]],
+) -> None:
+    broker = f"{mosquitto.host}:{mosquitto.port}"
+    done = kinflow("sim", shared_bundle, "--source", photos, "--broker", broker, "--no-exits", "--fast", "--json")
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 40
+    assert all(set(line) >= FIELDS for line in lines)
+    whole = whole_answers(shared_bundle, photos)
+    for line in lines:
+        assert (line["tier"], line["exit"], line["degraded"]) == ("cloud", 3, None)
+        assert line["label_index"] == whole[line["frame"]].label_index
+        assert [score for _, score in line["topk"]] == [score for _, score in whole[line["frame"]].topk]
+    summary = last["summary"]
+    assert summary["frames"] == summary["answered"] == summary["tiers"]["cloud"]["frames"] == 40
+    assert summary["bytes_up_per_frame"] == sum(line["bytes_up"] for line in lines) / 40
+    assert set(summary["jpeg_bytes_per_frame"]) == {"75", "90"}
+
+
+@pytest.mark.parametrize("tiers", ["device", "device,edge"])
+def test_fewer_tiers_and_the_embedded_broker(shared_bundle: Path, photos: Path, tiers: str) -> None:
+    done = kinflow("sim", shared_bundle, "--source", photos, "--tiers", tiers, "--no-exits", "--fast", "--frames", "9")
+    assert done.returncode == 0, done.stderr
+    last = tiers.rpartition(",")[2]
+    assert done.stdout.count(f" {last} ") >= 9
+    assert "9 frames, 9 answered" in done.stdout
+    assert "JPEG q75" in done.stdout
+
+
+def test_the_broker_dies_and_comes_back_and_every_frame_is_accounted_for(
+    shared_bundle: Path, photos: Path, mosquitto: Any
+) -> None:
+    bundle = manifest.load(shared_bundle)
+    camera = CameraConfig(kind="replay", source=str(photos), max_fps=50, loop=True, frames=500)
+    simulation = Simulation(bundle, camera, broker=(mosquitto.host, mosquitto.port), early_exits=False, budget_ms=500)
+    seen: list[Result | Dropped] = []
+
+    def watch(line: Result | Dropped) -> None:
+        seen.append(line)
+        if len(seen) == 100:
+            mosquitto.kill()
+        elif len(seen) == 150:
+            mosquitto.restart()
+
+    summary = run(simulation, bundle, camera, watch)
+    results = [line for line in seen if isinstance(line, Result)]
+    assert {result.tier for result in results[:90]} == {"cloud"}
+    assert "offline" in summary.degraded
+    back = [result for result in results[150:] if result.tier == "cloud" and result.degraded is None]
+    assert len(back) > 150, summary
+    assert all(result.degraded is None for result in results[-50:])
+    captured = simulation.counters["device"]['frames_captured_total{camera="cam0"}']
+    assert summary.frames == captured == 500
+    assert summary.answered + sum(summary.dropped.values()) == 500
+    # The nodes came back by themselves as well: nothing else could have answered.
+    assert simulation.counters["edge"]["link_connects_total"] >= 2
+    assert simulation.counters["cloud"]["link_connects_total"] >= 2
+
+
+def test_sigterm_drains_and_leaves_with_zero(shared_bundle: Path, photos: Path, tmp_path: Path, mosquitto: Any) -> None:
+    common = f'bundle = "{shared_bundle}"\n'
+    broker = f'[broker]\nhost = "{mosquitto.host}"\nport = {mosquitto.port}\n'
+    (tmp_path / "node.toml").write_text(common + 'id = "box"\n' + broker)
+    (tmp_path / "device.toml").write_text(
+        common + f'id = "cam"\n{broker}[camera.front]\nkind = "replay"\nsource = "{photos}"\nloop = true\n'
+    )
+    processes = {}
+    for tier in ("node", "device"):
+        command = [sys.executable, "-m", "runtime.cli", tier, "--config", str(tmp_path / f"{tier}.toml"), "--json"]
+        processes[tier] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    device, node = processes["device"], processes["node"]
+    assert device.stdout is not None
+    assert node.stdout is not None
+    for _ in range(5):
+        assert json.loads(device.stdout.readline())["label"]
+    for process in (device, node):
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert time.monotonic() - start < 5
+    last = json.loads(device.stdout.read().splitlines()[-1])
+    assert last["event"] == "stopped"
+    assert last["counters"]['frames_captured_total{camera="front"}'] >= 5
+    assert json.loads(node.stdout.read())["tier"] == "cloud"
+    device.stdout.close()
+    node.stdout.close()
+
+
+def test_wrong_things_end_with_one_sentence_and_their_exit_code(
+    tmp_path: Path, tiny_bundle: Path, shared_bundle: Path, photos: Path
+) -> None:
+    (tiny_bundle / "exits/1.onnx").unlink()
+    typo = tmp_path / "typo.toml"
+    typo.write_text('bundel = "x"\n[broker]\nhost = "h"\n')
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text('bundle = "x"\n[broker]\nhost = "h"\nport = "1883"\n')
+    cases: list[tuple[list[str | Path], int, str]] = [
+        (["sim", tiny_bundle, "--source", photos], os.EX_DATAERR, "exits/1.onnx is missing from the bundle"),
+        (["sim", tmp_path, "--source", photos], os.EX_DATAERR, "is not a bundle"),
+        (["sim", shared_bundle, "--source", tmp_path / "no.mp4", "--tiers", "device"], os.EX_NOINPUT, "no.mp4"),
+        (["sim", shared_bundle, "--source", photos, "--tiers", "cloud"], os.EX_CONFIG, "choose device"),
+        (["sim", shared_bundle, "--source", photos, "--codec", "gif", "--tiers", "device,edge"], os.EX_CONFIG, "gif"),
+        (["sim", shared_bundle, "--source", photos, "--broker", "here"], os.EX_CONFIG, "HOST:PORT"),
+        (["device", "--config", typo], os.EX_CONFIG, "bundel: unknown key; did you mean bundle?"),
+        (["device", "--config", wrong], os.EX_CONFIG, "broker.port: expected `int`"),
+        (["device", "--config", tmp_path / "none.toml"], os.EX_CONFIG, "cannot be read"),
+        (["device"], os.EX_USAGE, "--config"),
+        (["divice"], os.EX_USAGE, "divice"),
+    ]
+    for arguments, code, words in cases:
+        done = kinflow(*arguments)
+        assert done.returncode == code, (arguments, done.stderr)
+        assert words in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("rror: ") <= 2
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    done = kinflow("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("export", "bundle", "device", "node", "sim", "demo"))
