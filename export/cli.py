@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 import msgspec
 
-from runtime.manifest import Bundle
-
 from export.cuts import Cut
 from export.frames import FrameSource
-from export.pipeline import DEFAULT_TIERS, Exported, Recipe, choose_cuts, export, open_model, time_cuts
+from export.pipeline import Exported, export
 from export.quantize import TARGETS
+from export.recipe import DEFAULT_TIERS, Recipe, choose_cuts, open_model, time_cuts
 from export.report import Report
 from export.source import Channels, InputOptions
 from export.timing import Timed
+from runtime.manifest import Bundle
 
 TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.items())
 
@@ -55,7 +55,9 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle that parts photos.")
 @click.option("--name", help="The bundle's name; default: the model's.")
 @click.option("--size", help="ONNX, torch: input size where the model leaves it open: 224 or HEIGHTxWIDTH.")
-@click.option("--mean", help="ONNX, torch: one number or three, of pixels from 0 to 1; the input is (pixel - mean) / std.")
+@click.option(
+    "--mean", help="ONNX, torch: one number or three, of pixels from 0 to 1; the input is (pixel - mean) / std."
+)
 @click.option("--std", help="ONNX, torch: one number or three, of pixels from 0 to 1.")
 @click.option("--scale", type=float, help="ONNX, torch: multiply pixels 0 to 255 by this instead of --std; 1 for raw.")
 @click.option("--bgr", is_flag=True, help="The model takes blue first.")
@@ -190,7 +192,9 @@ def _print_summary(exported: Exported) -> None:
     click.echo(describe(exported.bundle))
     times = " + ".join(f"{value:.2f}" for value in exported.segment_ms)
     click.echo(f"\nsegments here: {times} ms on one thread; the whole model {exported.whole_ms:.2f} ms")
-    click.echo(f"wrote {exported.bundle.path}: {_total_bytes(exported.bundle) / 1e6:.1f} MB, id {exported.bundle.id[:16]}")
+    click.echo(
+        f"wrote {exported.bundle.path}: {_total_bytes(exported.bundle) / 1e6:.1f} MB, id {exported.bundle.id[:16]}"
+    )
 
 
 def _print_json(exported: Exported) -> None:
@@ -212,7 +216,9 @@ def _total_bytes(bundle: Bundle) -> int:
 def _tiers(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if len(set(names)) != len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names):
-        raise click.BadParameter("give different names of letters, digits, '_' and '-', with commas", param_hint="--tiers")
+        raise click.BadParameter(
+            "give different names of letters, digits, '_' and '-', with commas", param_hint="--tiers"
+        )
     return names
 
 
@@ -249,5 +255,3 @@ def _std(text: str | None, scale: float | None) -> Channels | None:
     if values is not None and 0 in values:
         raise click.BadParameter("must not be 0", param_hint="--std")
     return values
-
-

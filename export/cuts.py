@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from runtime.errors import ConfigError
-
 from export.graph import LAYOUT_OPS, PROLOGUE, Index, Shape, macs
+from runtime.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +148,7 @@ def _places(names: Sequence[str], before: Mapping[str, int], shapes: Mapping[str
     places: list[list[str]] = []
     for name in names:
         last = places[-1][-1] if places else None
-        if (
-            last is not None
-            and before[last] == before[name]
-            and math.prod(shapes[last]) == math.prod(shapes[name])
-        ):
+        if last is not None and before[last] == before[name] and math.prod(shapes[last]) == math.prod(shapes[name]):
             places[-1].append(name)
         else:
             places.append([name])

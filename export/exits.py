@@ -7,18 +7,21 @@ threshold as the least confidence at which the wanted share of answers agrees.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from export.graph import FRAME, LOGITS, OPSET, Index, Shape, constant, copy_of, extract, finish, tensor_info
+from export.wires import Wire, channel_axis
 from runtime.datatypes import Tensor
-from runtime.manifest import ExitSpec
+from runtime.manifest import Bundle, ExitSpec
 from runtime.policy import classify
-
-from export.graph import LOGITS, OPSET, Index, Shape, constant, copy_of, extract, finish, tensor_info
-from export.quantize import Wire, channel_axis
+from runtime.segment import load_segments
+from runtime.segment_onnx import session_options
 
 PENALTIES = tuple(10.0**power for power in np.arange(-3.0, 4.5, 0.5))  # relative to the mean variance of a feature
 
@@ -48,6 +51,23 @@ def pool(features: Tensor, wire: Wire | None) -> NDArray[np.float32]:
     return pooled
 
 
+def observe(
+    bundle: Bundle, trunk: ModelProto, frames: Iterable[Tensor], wires: Sequence[Wire | None]
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Pooled features at every cut, as the segments make them, and the whole float model's logits."""
+    segments, _ = load_segments(bundle, 0, len(wires) - 1)
+    session = ort.InferenceSession(trunk.SerializeToString(), session_options(1))
+    pooled: list[list[NDArray[np.float32]]] = [[] for _ in wires]
+    logits: list[Tensor] = []
+    for frame in frames:
+        logits.append(session.run([LOGITS], {FRAME: frame})[0])
+        tensor = frame
+        for index, wire in enumerate(wires):
+            tensor = segments[index].run(tensor)
+            pooled[index].append(pool(tensor, wire))
+    return [np.concatenate(rows) for rows in pooled], np.concatenate(logits)
+
+
 def fit_head(pooled: NDArray[np.float32], logits: NDArray[np.float32], groups: NDArray[np.int64]) -> LinearHead:
     """Fit a head to the whole model's logits on the fit frames."""
     features = pooled.astype(np.float64)
@@ -59,7 +79,9 @@ def fit_head(pooled: NDArray[np.float32], logits: NDArray[np.float32], groups: N
     offset = target.mean(axis=0)
     left, singular, right = np.linalg.svd(scaled, full_matrices=False)
     projected = left.T @ (target - offset)
-    penalty = min(PENALTIES, key=lambda value: _held_out_error(left, singular, projected, target, offset, groups, value))
+    penalty = min(
+        PENALTIES, key=lambda value: _held_out_error(left, singular, projected, target, offset, groups, value)
+    )
     strength = penalty * len(features)
     weight = (right.T * (singular / (singular**2 + strength))) @ projected
     weight /= spread[:, np.newaxis]
@@ -160,9 +182,7 @@ def choose_temperature(logits: NDArray[np.float32], answers: NDArray[np.int64]) 
     return round(float(np.exp((low + high) / 2)), 4)
 
 
-def choose_threshold(
-    confidence: NDArray[np.float64], agrees: NDArray[np.bool_], wanted: float
-) -> float | None:
+def choose_threshold(confidence: NDArray[np.float64], agrees: NDArray[np.bool_], wanted: float) -> float | None:
     """The least confidence at which at least `wanted` of the answers agree, or None when there is none."""
     order = np.argsort(-confidence, kind="stable")
     ranked, hits = confidence[order], np.cumsum(agrees[order])
@@ -185,6 +205,4 @@ def calibrate(
     confidence = np.array([output.confidence for output in said])
     agrees = np.array([output.label_index for output in said]) == answers
     threshold = choose_threshold(confidence, agrees, agreement)
-    return ExitSpec(
-        cut=cut, file=file, temperature=spec.temperature, threshold=threshold, agreement=agreement
-    )
+    return ExitSpec(cut=cut, file=file, temperature=spec.temperature, threshold=threshold, agreement=agreement)

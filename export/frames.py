@@ -1,18 +1,19 @@
 """Reads the user's frames as the device will see them, and parts them by role so that no frame has two.
 
 Exits are fitted on `fit` frames, thresholds chosen on `threshold` frames, everything measured on `judge` frames:
-60, 20 and 20 of a hundred. Photos are shuffled first, by the seed. Frames of a clip are parted in contiguous blocks, since
-neighbours in time are nearly one frame, and a shuffle would put one of them on each side.
+60, 20 and 20 of a hundred. Photos are shuffled first, by the seed. Frames of a clip are parted in contiguous blocks,
+since neighbours in time are nearly one frame, and a shuffle would put one of them on each side.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 SHARES = (0.6, 0.2)  # fit, threshold; the rest judges
 LEAST = 20
 FOLDS = 5  # blocks of a clip's fit frames that are held out in turn
+COPIES = 4  # of each fit frame, itself included
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,22 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
         groups=np.array(groups, np.int64),
         sha256=hashlib.sha256(stacked.data).hexdigest(),
     )
+
+
+def copies(frame: Tensor, generator: np.random.Generator) -> Iterator[Tensor]:
+    """A fit frame, its mirror image, and closer, lighter or darker looks at it: what a camera might see as well."""
+    height, width = frame.shape[1:3]
+    for number in range(COPIES):
+        pixels = frame[0]
+        if number > 1:
+            zoom = generator.uniform(0.6, 1.0)
+            rows, columns = max(1, int(height * zoom)), max(1, int(width * zoom))
+            top, left = generator.integers(0, height - rows + 1), generator.integers(0, width - columns + 1)
+            near = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
+            scaled = cv2.resize(near, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+            light = (scaled.astype(np.float32) - 128) * generator.uniform(0.7, 1.3) + generator.uniform(103, 153)
+            pixels = np.clip(light, 0, 255).astype(np.uint8)
+        yield np.ascontiguousarray(pixels[:, ::-1] if number % 2 else pixels)[np.newaxis]
 
 
 def _parts(order: list[int]) -> tuple[list[int], list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Reads and cuts ONNX graphs: who makes and who reads a tensor, its shape, its cost, and the part between two tensors."""
+"""Reads and cuts ONNX graphs: who makes and reads a tensor, its shape and cost, and the part between two tensors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def finish(model: ModelProto) -> ModelProto:
 
 def opset(model: ModelProto) -> int:
     """The version of the standard operators."""
-    return next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
 
 
 def tensor_info(name: str, dtype: str, shape: Shape) -> ValueInfoProto:
@@ -158,3 +158,10 @@ def write(model: ModelProto, path: Path) -> None:
 def constant(name: str, value: NDArray[np.generic]) -> TensorProto:
     """An initializer."""
     return numpy_helper.from_array(np.ascontiguousarray(value), name)
+
+
+def replace_input(node: NodeProto, old: str, new: str) -> None:
+    """Let a node read another tensor."""
+    for place, name in enumerate(node.input):
+        if name == old:
+            node.input[place] = new

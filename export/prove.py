@@ -15,6 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from export.agreement import cosine, measure
+from export.graph import FRAME
 from runtime import cascade
 from runtime.codec import JpegCodec, RawCodec
 from runtime.datatypes import Features, Tensor
@@ -23,9 +25,6 @@ from runtime.manifest import Bundle, CodecSpec, CutSpec, Measured, RateSpec
 from runtime.policy import ExitPolicy, classify
 from runtime.segment import Segment, load_segments
 from runtime.segment_onnx import session_options
-
-from export.agreement import cosine, measure
-from export.graph import FRAME
 
 FLOAT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below 1
 JPEG_QUALITIES = (50, 75, 90)
@@ -178,9 +177,7 @@ def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -
     return len(alone)
 
 
-def _tier(
-    bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Segment], index: int
-) -> cascade.Tier:
+def _tier(bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Segment], index: int) -> cascade.Tier:
     behind = {cut: head for cut, head in heads.items() if cut == index + 1}
     return cascade.Tier(bundle, {index: segments[index]}, behind)
 

@@ -1,4 +1,4 @@
-"""Tells a person at which stage an export is, on standard error; a bar where it is a terminal, plain lines elsewhere."""
+"""Tells a person at which stage an export is, on standard error: plain lines, and on a terminal a bar."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxslim
 from onnx import ModelProto, NodeProto, TensorProto, helper, version_converter
-
-from runtime.errors import BundleError
 
 from export.graph import (
     FRAME,
@@ -35,6 +34,7 @@ from export.graph import (
     static_shapes,
 )
 from export.source import Source
+from runtime.errors import BundleError
 
 OLDEST_OPSET, NEWEST_OPSET = 13, 21  # per-channel quantization needs 13; onnxruntime 1.18 reads up to 21
 
@@ -63,8 +63,8 @@ def simplify(source: Source) -> Simplified:
     """
     model = _supported_opset(copy_of(source.model))
     _fix_input(model, source)
-    softmaxes = [_without_softmax(model, position) for position in range(len(model.graph.output))]
-    del softmaxes
+    for position in range(len(model.graph.output)):
+        _drop_softmax(model, position)
     logging.getLogger("onnxslim").setLevel(logging.ERROR)
     try:
         model = onnxslim.slim(onnx.shape_inference.infer_shapes(model))
@@ -77,12 +77,16 @@ def simplify(source: Source) -> Simplified:
     fixed = static_shapes(model)
     shape = fixed.get(LOGITS, ())
     if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
-        raise BundleError(f"{source.name} gives an output of shape {shape}; Kinflow exports classifiers: (batch, classes)")
+        raise BundleError(
+            f"{source.name} gives an output of shape {shape}; Kinflow exports classifiers: (batch, classes)"
+        )
     whole, batchable = _open_batch(model, fixed)
     exits = tuple(output.name for output in whole.graph.output[:-1])
     for name in exits:
         if fixed.get(name) != shape:
-            raise BundleError(f"the model's own exit {name} gives {fixed.get(name)}, its last {shape}; they must be equal")
+            raise BundleError(
+                f"the model's own exit {name} gives {fixed.get(name)}, its last {shape}; they must be equal"
+            )
     return Simplified(whole=finish(whole), shapes=fixed, exits=exits, classes=shape[1], batchable=batchable)
 
 
@@ -92,7 +96,9 @@ def _supported_opset(model: ModelProto) -> ModelProto:
     try:
         return version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises bare RuntimeErrors from C++
-        raise BundleError(f"the model has opset {opset(model)} and cannot be converted; export it with {OPSET}") from error
+        raise BundleError(
+            f"the model has opset {opset(model)} and cannot be converted; export it with {OPSET}"
+        ) from error
 
 
 def _fix_input(model: ModelProto, source: Source) -> None:
@@ -103,7 +109,9 @@ def _fix_input(model: ModelProto, source: Source) -> None:
     dims = image.type.tensor_type.shape.dim
     for dim, size in zip(dims, shape, strict=True):
         if dim.dim_value not in (0, size):
-            raise BundleError(f"{source.name} takes an input of another shape than {shape}; fix its input's shape to that")
+            raise BundleError(
+                f"{source.name} takes an input of another shape than {shape}; fix its input's shape to that"
+            )
         dim.Clear()
         dim.dim_value = size
     del model.graph.value_info[:]
@@ -112,7 +120,7 @@ def _fix_input(model: ModelProto, source: Source) -> None:
     rename(model, image.name, "image")
 
 
-def _without_softmax(model: ModelProto, position: int) -> bool:
+def _drop_softmax(model: ModelProto, position: int) -> None:
     """Let the output come from before a final softmax: logits keep what a softmax rounds away."""
     index = Index(model)
     name = model.graph.output[position].name
@@ -122,12 +130,12 @@ def _without_softmax(model: ModelProto, position: int) -> bool:
         skipped.append(node)
         node = index.producer.get(node.input[0])
     if node is None or node.op_type not in {"Softmax", "LogSoftmax"}:
-        return False
+        return
     logits = node.input[0]
     model.graph.node.remove(node)
     if skipped:
         skipped[-1].input[0] = logits
-        return True
+        return
     for other in model.graph.node:
         for place, output in enumerate(other.output):
             if output == logits:
@@ -135,7 +143,6 @@ def _without_softmax(model: ModelProto, position: int) -> bool:
         for place, read in enumerate(other.input):
             if read == logits:
                 other.input[place] = name
-    return True
 
 
 def _name_nodes(model: ModelProto) -> None:
@@ -183,7 +190,7 @@ def _add_prologue(model: ModelProto, source: Source) -> None:
         constant(f"{PROLOGUE}scale", scale.astype(np.float32).reshape(axes)),
         constant(f"{PROLOGUE}bias", bias.astype(np.float32).reshape(axes)),
     ]
-    steps: list[tuple[str, list[str], dict[str, object]]] = []
+    steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if source.bgr:
         weights.append(constant(f"{PROLOGUE}bgr", np.array([2, 1, 0], np.int64)))
         steps.append(("Gather", [f"{PROLOGUE}bgr"], {"axis": 3}))
@@ -254,7 +261,11 @@ def _open_concat(model: ModelProto, node: NodeProto, index: Index, shapes: dict[
         shape = shapes[node.input[place]]
         name = f"{prefix}/{place}"
         model.graph.initializer.append(constant(f"{name}/rest", np.array(shape[1:], np.int64)))
-        made.append(helper.make_node("Concat", [f"{prefix}/batch", f"{name}/rest"], [f"{name}/shape"], f"{name}/shape", axis=0))
-        made.append(helper.make_node("Expand", [node.input[place], f"{name}/shape"], [f"{name}/value"], f"{name}/value"))
+        made.append(
+            helper.make_node("Concat", [f"{prefix}/batch", f"{name}/rest"], [f"{name}/shape"], f"{name}/shape", axis=0)
+        )
+        made.append(
+            helper.make_node("Expand", [node.input[place], f"{name}/shape"], [f"{name}/value"], f"{name}/value")
+        )
         node.input[place] = f"{name}/value"
     return made

@@ -1,4 +1,4 @@
-"""The source seam: anything that a user calls a model becomes one float ONNX graph and what is known about its input."""
+"""The source seam: whatever a user calls a model becomes one float ONNX graph, with what is known of its input."""
 
 from __future__ import annotations
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import onnx
 
-from runtime.errors import BundleError
-from runtime.manifest import PreprocessSpec
-
 from export.graph import OPSET
 from export.source import Channels, InputOptions, Source
+from runtime.errors import BundleError
+from runtime.manifest import PreprocessSpec
 
 DEFAULT_SIZE = 224
 PREPROCESSOR = "preprocessor_config.json"

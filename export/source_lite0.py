@@ -10,11 +10,10 @@ import contextlib
 import io
 from pathlib import Path
 
-from runtime.errors import BundleError
-from runtime.manifest import PreprocessSpec
-
 from export.source import InputOptions, Source
 from export.source_torch import to_onnx
+from runtime.errors import BundleError
+from runtime.manifest import PreprocessSpec
 
 SIZE = 224
 MEAN, STD = 127 / 255, 128 / 255  # the network takes (x - 127) / 128

@@ -6,13 +6,12 @@ import hashlib
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
+from export.source import InputOptions, Source
 from runtime.errors import BundleError
 from runtime.manifest import PreprocessSpec
-
-from export.source import InputOptions, Source
 
 
 def open_onnx(model: str, options: InputOptions) -> Source:
@@ -22,7 +21,9 @@ def open_onnx(model: str, options: InputOptions) -> Source:
         loaded = onnx.load(path)
         onnx.checker.check_model(loaded, full_check=False)
     except FileNotFoundError as error:
-        raise BundleError(f"{error.filename or path} does not exist; give the whole model, external data included") from error
+        raise BundleError(
+            f"{error.filename or path} does not exist; give the whole model, external data included"
+        ) from error
     except (OSError, DecodeError, onnx.checker.ValidationError, ValueError) as error:
         raise BundleError(f"{path} cannot be read as an ONNX model: {str(error).splitlines()[0]}") from error
     layout_is_nchw, height, width = _image_input(loaded, path, options)
@@ -48,7 +49,9 @@ def _image_input(model: ModelProto, path: Path, options: InputOptions) -> tuple[
         raise BundleError(f"{path}: the input has {len(dims)} dimensions; an image input has 4 (a batch of 3 channels)")
     channels_first = dims[3].dim_value != 3 or dims[1].dim_value == 3
     if channels_first and dims[1].dim_value not in (0, 3):
-        raise BundleError(f"{path}: the input has {dims[1].dim_value} channels; Kinflow feeds it 3 (RGB, or BGR by --bgr)")
+        raise BundleError(
+            f"{path}: the input has {dims[1].dim_value} channels; Kinflow feeds it 3 (RGB, or BGR by --bgr)"
+        )
     spatial = dims[2:4] if channels_first else dims[1:3]
     declared = tuple(dim.dim_value for dim in spatial)
     if options.size is not None:

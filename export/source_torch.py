@@ -18,11 +18,10 @@ import onnx
 import torch
 from onnx import ModelProto
 
-from runtime.errors import BundleError
-from runtime.manifest import PreprocessSpec
-
 from export.graph import OPSET
 from export.source import Channels, InputOptions, Source
+from runtime.errors import BundleError
+from runtime.manifest import PreprocessSpec
 
 DEFAULT_SIZE = (224, 224)
 
@@ -57,7 +56,9 @@ def to_onnx(module: torch.nn.Module, size: tuple[int, int]) -> ModelProto:
             outputs = module(example)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise BundleError(f"the module does not take float input of shape (1, 3, {size[0]}, {size[1]}): {reason}") from error
+        raise BundleError(
+            f"the module does not take float input of shape (1, 3, {size[0]}, {size[1]}): {reason}"
+        ) from error
     count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -65,7 +66,7 @@ def to_onnx(module: torch.nn.Module, size: tuple[int, int]) -> ModelProto:
         torch.onnx.export(
             module,
             (example,),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # a buffer is fine for the tracer
             input_names=["image"],
             output_names=[f"output{position}" for position in range(count)],
             opset_version=OPSET,
@@ -81,7 +82,7 @@ def _factory(path: Path, name: str) -> Callable[[], Any]:
     namespace = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(namespace)
-    except Exception as error:  # noqa: BLE001  the user's file may raise anything
+    except Exception as error:
         raise BundleError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     factory = getattr(namespace, name, None)
     if not callable(factory):

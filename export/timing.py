@@ -12,11 +12,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto
 
-from runtime.datatypes import Tensor
-from runtime.segment_onnx import session_options
-
 from export.graph import extract
 from export.slicing import Chain
+from runtime.datatypes import Tensor
+from runtime.segment_onnx import session_options
 
 REPEATS = 9
 WARM_UP = 2
@@ -30,35 +29,37 @@ class Timed:
     after_ms: float
 
 
-def run_ms(model: ModelProto, batch: Tensor) -> float:
-    """The median time of one run."""
-    session = ort.InferenceSession(model.SerializeToString(), session_options(1))
-    feed = {session.get_inputs()[0].name: batch}
-    elapsed: list[float] = []
+def run_ms(*models: ModelProto, batch: Tensor) -> tuple[float, ...]:
+    """The median time of one run of each model; they take turns, so that a busy moment strikes all alike."""
+    sessions = [ort.InferenceSession(model.SerializeToString(), session_options(1)) for model in models]
+    elapsed: list[list[float]] = [[] for _ in models]
     for turn in range(WARM_UP + REPEATS):
-        start = time.perf_counter()
-        session.run(None, feed)
-        if turn >= WARM_UP:
-            elapsed.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(elapsed)
+        for session, times in zip(sessions, elapsed, strict=True):
+            feed = {session.get_inputs()[0].name: batch}
+            start = time.perf_counter()
+            session.run(None, feed)
+            if turn >= WARM_UP:
+                times.append((time.perf_counter() - start) * 1e3)
+    return tuple(round(statistics.median(times), 3) for times in elapsed)
 
 
 def time_chain(chain: Chain, wanted: Iterable[int], frame: Tensor) -> list[Timed]:
     """Time the whole model up to each wanted wire, and take what is left for the rest."""
-    whole_ms = run_ms(chain.whole, frame)
     timed: list[Timed] = []
     for wire in wanted:
         output = chain.segments[wire - 1].graph.output[0]
-        before_ms = run_ms(extract(chain.whole, list(chain.whole.graph.input), [output], "prefix"), frame)
-        timed.append(Timed(round(before_ms, 3), round(max(0.0, whole_ms - before_ms), 3)))
+        prefix = extract(chain.whole, list(chain.whole.graph.input), [output], "prefix")
+        before_ms, whole_ms = run_ms(prefix, chain.whole, batch=frame)
+        timed.append(Timed(before_ms, round(max(0.0, whole_ms - before_ms), 3)))
     return timed
 
 
 def time_segments(segments: Sequence[ModelProto], frame: Tensor) -> list[float]:
     """The median time of each segment, fed with what the one before it made."""
-    batch, times = frame, []
+    batch = frame
+    times: list[float] = []
     for model in segments:
-        times.append(round(run_ms(model, batch), 3))
+        times.extend(run_ms(model, batch=batch))
         session = ort.InferenceSession(model.SerializeToString(), session_options(1))
         (batch,) = session.run(None, {session.get_inputs()[0].name: batch})
     return times
@@ -83,5 +84,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-

@@ -131,7 +131,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def _cut_rows(cuts: Sequence[CutSpec]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, cut in enumerate(cuts):
         codecs = [
             f"{codec.name}{f':{rate.parameter:g}' if len(codec.rates) > 1 else ''} {rate.bytes_p50:,}"
@@ -144,7 +144,7 @@ def _cut_rows(cuts: Sequence[CutSpec]) -> list[tuple[str, ...]]:
 
 
 def _exit_rows(exits: Sequence[ExitSpec]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for spec in exits:
         measured = spec.measured
         answers = agreement = ""
