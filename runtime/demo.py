@@ -12,13 +12,11 @@ import zipfile
 from pathlib import Path
 
 import click
-import msgspec
 
 from runtime import manifest
 from runtime.config import CameraConfig
 from runtime.errors import CameraError
-from runtime.sim import TIERS, Simulation, run, shower
-from runtime.summary import text
+from runtime.sim import TIERS, Simulation, present
 
 REFERENCE = Path(__file__).parent / "reference" / "lite0"
 # Street traffic, 250 frames of 640x272. Its licence is not stated, so it is fetched and never shipped.
@@ -73,9 +71,6 @@ def demo_command(source: str | None, codec: str, no_exits: bool, as_json: bool) 
         err=True,
     )
     simulation = Simulation(bundle, camera, tiers=TIERS, codec=codec, early_exits=not no_exits)
-    summary = run(simulation, bundle, camera, shower(as_json))
-    if as_json:
-        click.echo(msgspec.json.encode({"summary": summary}))
-    else:
-        click.echo("\n" + text(summary))
+    present(simulation, bundle, camera, as_json=as_json)
+    if not as_json:
         click.echo(f"\n{time.monotonic() - start_s:.0f} s in all. Next: kinflow export --help", err=True)

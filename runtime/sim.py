@@ -27,6 +27,7 @@ from runtime.counters import Counters
 from runtime.datatypes import Dropped, Result
 from runtime.errors import ConfigError, KinflowError, LinkError
 from runtime.link import Handler, open_link
+from runtime.live import LiveTable
 from runtime.manifest import Bundle
 from runtime.preprocess import prepare
 from runtime.summary import Summary, summarize, text
@@ -254,6 +255,20 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
     )
 
 
+def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_json: bool) -> None:
+    """Run a simulation for a person, as a live table on a terminal and as lines elsewhere, or for a program."""
+    if as_json:
+        summary = run(simulation, bundle, camera, lambda line: click.echo(msgspec.json.encode(line)))
+        click.echo(msgspec.json.encode({"summary": summary}))
+        return
+    if sys.stdout.isatty():
+        with LiveTable(simulation.tiers) as show:
+            summary = run(simulation, bundle, camera, show)
+    else:
+        summary = run(simulation, bundle, camera, lambda line: click.echo(plain(line)))
+    click.echo("\n" + text(summary))
+
+
 def plain(line: Line) -> str:
     """A line of a run for a person."""
     if isinstance(line, Dropped):
@@ -316,15 +331,7 @@ def sim_command(
         budget_ms=budget_ms,
         max_in_flight=max_in_flight,
     )
-    summary = run(simulation, loaded, camera, shower(as_json))
-    click.echo(msgspec.json.encode({"summary": summary}) if as_json else "\n" + text(summary))
-
-
-def shower(as_json: bool) -> Callable[[Line], None]:
-    """How each line is shown: as JSON, or as text."""
-    if as_json:
-        return lambda line: click.echo(msgspec.json.encode(line))
-    return lambda line: click.echo(plain(line))
+    present(simulation, loaded, camera, as_json=as_json)
 
 
 def _address(text: str) -> tuple[str, int]:

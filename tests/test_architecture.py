@@ -22,7 +22,7 @@ LAYERS = (
     {"preprocess", "codec", "policy", "camera", "capture", "segment", "link"},
     {"cascade", "batcher", "reply", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
-    {"sim", "summary", "demo", "bench", "bundle_tool", "doctor", "cli"},
+    {"sim", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )
 SEAMS = ("camera", "segment", "link")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
