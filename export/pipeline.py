@@ -201,8 +201,7 @@ def _batches(bundle: Bundle, chain: Chain, seen: prove.Replayed, *, exact: bool)
 
 def _profile(chain: Chain, frame: NDArray[np.uint8], scratch: Path) -> tuple[float, tuple[float, ...]]:
     """Times differ from machine to machine and from run to run, so they lie beside the manifest."""
-    (whole_ms,) = timing.run_ms(chain.whole, batch=frame)
-    segment_ms = tuple(timing.time_segments(chain.segments, frame))
+    whole_ms, segment_ms = timing.time_chain(chain, frame)
     profile = {"machine": timing.machine(), "threads": 1, "whole_ms": whole_ms, "segment_ms": segment_ms}
     (scratch / "profile.json").write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return whole_ms, segment_ms

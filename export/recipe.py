@@ -93,7 +93,7 @@ def time_cuts(opened: Opened, recipe: Recipe, report: Report) -> dict[str, list[
     frame = timing.noise(shapes[trunk.graph.input[0].name][1:], recipe.seed)
     report.stage("time every cut, float")
     wires = range(1, len(cuts) + 1)
-    timed = {"float": timing.time_chain(slice_float(trunk, cuts, shapes), report.track(wires, "float"), frame)}
+    timed = {"float": timing.time_cuts(slice_float(trunk, cuts, shapes), report.track(wires, "float"), frame)}
     if recipe.target is not None:
         report.stage(f"time every cut, int8 for {recipe.target}")
         if recipe.frames:
@@ -104,5 +104,5 @@ def time_cuts(opened: Opened, recipe: Recipe, report: Report) -> dict[str, list[
         ranges = channel_ranges(trunk, cuts, sample, recipe.threads)
         quantized = quantize(trunk, shapes, cuts, sample, ranges, recipe.target)
         chain = slice_quantized(quantized, cuts, shapes)
-        timed["int8"] = timing.time_chain(chain, report.track(wires, "int8"), frame)
+        timed["int8"] = timing.time_cuts(chain, report.track(wires, "int8"), frame)
     return timed

@@ -29,13 +29,13 @@ class Timed:
     after_ms: float
 
 
-def run_ms(*models: ModelProto, batch: Tensor) -> tuple[float, ...]:
-    """The median time of one run of each model; they take turns, so that a busy moment strikes all alike."""
-    sessions = [ort.InferenceSession(model.SerializeToString(), session_options(1)) for model in models]
-    elapsed: list[list[float]] = [[] for _ in models]
+def run_ms(*pairs: tuple[ModelProto, Tensor]) -> tuple[float, ...]:
+    """The median time of one run of each model on its input; they take turns, so a busy moment strikes all alike."""
+    sessions = [ort.InferenceSession(model.SerializeToString(), session_options(1)) for model, _ in pairs]
+    feeds = [{session.get_inputs()[0].name: batch} for session, (_, batch) in zip(sessions, pairs, strict=True)]
+    elapsed: list[list[float]] = [[] for _ in pairs]
     for turn in range(WARM_UP + REPEATS):
-        for session, times in zip(sessions, elapsed, strict=True):
-            feed = {session.get_inputs()[0].name: batch}
+        for session, feed, times in zip(sessions, feeds, elapsed, strict=True):
             start = time.perf_counter()
             session.run(None, feed)
             if turn >= WARM_UP:
@@ -43,26 +43,27 @@ def run_ms(*models: ModelProto, batch: Tensor) -> tuple[float, ...]:
     return tuple(round(statistics.median(times), 3) for times in elapsed)
 
 
-def time_chain(chain: Chain, wanted: Iterable[int], frame: Tensor) -> list[Timed]:
+def time_cuts(chain: Chain, wanted: Iterable[int], frame: Tensor) -> list[Timed]:
     """Time the whole model up to each wanted wire, and take what is left for the rest."""
     timed: list[Timed] = []
     for wire in wanted:
         output = chain.segments[wire - 1].graph.output[0]
         prefix = extract(chain.whole, list(chain.whole.graph.input), [output], "prefix")
-        before_ms, whole_ms = run_ms(prefix, chain.whole, batch=frame)
+        before_ms, whole_ms = run_ms((prefix, frame), (chain.whole, frame))
         timed.append(Timed(before_ms, round(max(0.0, whole_ms - before_ms), 3)))
     return timed
 
 
-def time_segments(segments: Sequence[ModelProto], frame: Tensor) -> list[float]:
-    """The median time of each segment, fed with what the one before it made."""
+def time_chain(chain: Chain, frame: Tensor) -> tuple[float, tuple[float, ...]]:
+    """The whole model's time, and that of each segment, fed with what the one before it made."""
+    pairs = [(chain.whole, frame)]
     batch = frame
-    times: list[float] = []
-    for model in segments:
-        times.extend(run_ms(model, batch=batch))
+    for model in chain.segments:
+        pairs.append((model, batch))
         session = ort.InferenceSession(model.SerializeToString(), session_options(1))
         (batch,) = session.run(None, {session.get_inputs()[0].name: batch})
-    return times
+    whole_ms, *segment_ms = run_ms(*pairs)
+    return whole_ms, tuple(segment_ms)
 
 
 def machine() -> dict[str, str]:
