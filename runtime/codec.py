@@ -17,6 +17,7 @@ from runtime.errors import ConfigError, PacketError
 from runtime.manifest import Bundle, CutSpec
 
 CODECS = {"raw": 1, "jpeg": 2}  # name → id on the wire; ids are never used again for something else
+JPEG_HEADERS_BYTES = 4096  # more than all tables of a JPEG take
 ZSTD_LEVEL = 3  # higher levels gain under 1 % on plain activations
 
 
@@ -77,6 +78,8 @@ class JpegCodec:
         if len(cut.shape) != 3 or cut.shape[2] != 3 or cut.dtype != "uint8":
             raise ConfigError("codec jpeg works on frames only, at cut 0; choose raw for features")
         self._shape = (1, *cut.shape)
+        # At quality 100 noise stays below its raw size; more could only hold scan upon scan to keep a node busy.
+        self._max_bytes = int(np.prod(cut.shape)) + JPEG_HEADERS_BYTES
         self._quality = [cv2.IMWRITE_JPEG_QUALITY, quality]
 
     def encode(self, tensor: Tensor) -> bytes:
@@ -88,11 +91,14 @@ class JpegCodec:
 
     def decode(self, payload: bytes) -> Tensor:
         """Return the frame (1, height, width, 3) RGB; the size is checked before a pixel is decoded."""
+        if len(payload) > self._max_bytes or not payload.endswith(b"\xff\xd9"):
+            raise PacketError(f"the payload of {len(payload)} bytes is no whole JPEG of a frame at this cut")
         size = jpeg_size(payload)
         if size != self._shape[1:3]:
             raise PacketError(f"the payload is a JPEG of (height, width) {size}, this cut has {self._shape[1:3]}")
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         try:
-            pixels = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.imdecode(np.frombuffer(payload, np.uint8), flags)
         except cv2.error as error:
             raise PacketError("the payload is a damaged JPEG") from error
         if pixels is None or pixels.shape != self._shape[1:]:
@@ -101,13 +107,19 @@ class JpegCodec:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """The (height, width) that a JPEG's frame header promises, or None when `data` is no JPEG."""
+    """The (height, width) that a JPEG's frame header promises, or None when `data` is no JPEG.
+
+    What decoders read in their own ways before the first scan (fill bytes, markers without a length) is refused, or a
+    payload could show a small frame here and unfold to a huge one there.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     position = 2
     size: tuple[int, int] | None = None
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if length < 2 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
+            return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if size is not None or position + 9 > len(data):
                 return None
@@ -132,7 +144,7 @@ def split_name(text: str) -> tuple[str, int | None]:
         raise ConfigError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}")
     if not parameter:
         return name, None
-    if not parameter.isdigit():
+    if not parameter.isdecimal():
         raise ConfigError(f"codec {text!r}: {parameter!r} must be a whole number")
     return name, int(parameter)
 
@@ -181,7 +193,7 @@ class Codecs:
         cuts = self._bundle.manifest.cuts
         if cut >= len(cuts) - 1:
             raise PacketError(f"cut {cut} is not one of this bundle's {len(cuts) - 1}")
-        spec = next((spec for spec in cuts[cut].codecs if CODECS[spec.name] == codec_id), None)
+        spec = next((spec for spec in cuts[cut].codecs if CODECS.get(spec.name) == codec_id), None)
         if spec is None or rate >= len(spec.rates):
             raise PacketError(f"codec {codec_id} at rate {rate} is not in this bundle at cut {cut}")
         if spec.name == "jpeg":
