@@ -19,9 +19,8 @@ def classify(logits: Logits, spec: ExitSpec) -> ExitOutput:
     scores = np.exp(scaled - scaled.max())
     scores /= scores.sum()
     count = min(TOP, scores.size)
-    best = np.argpartition(-scores, count - 1)[:count]
-    # Ties fall to the lower index, as argmax does.
-    best = best[np.lexsort((best, -scores[best]))]
+    # By logits, as distinct logits may round to one score, and stable, so that ties fall to the lower index.
+    best = np.argsort(-logits, kind="stable")[:count]
     topk = tuple((int(index), float(scores[index])) for index in best)
     return ExitOutput(exit=spec.cut, label_index=topk[0][0], confidence=topk[0][1], topk=topk)
 
