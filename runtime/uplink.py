@@ -22,7 +22,7 @@ from runtime.link import Link
 from runtime.manifest import Bundle
 from runtime.packet import Kind, Packet
 from runtime.reply import Reply
-from runtime.topics import Subtree
+from runtime.topics import Subtree, publish_bytes
 
 log = logging.getLogger(__name__)
 
@@ -108,29 +108,35 @@ class Uplink(Generic[Context]):
         budget_ms = (deadline_ns - now_ns) // 1_000_000
         if budget_ms <= 0:
             return "deadline"
-        sent = Sent(context, deadline_ns, now_ns, (now_ns - start_ns) / 1e6)
         with self._lock:
             sequence, self._sequence = self._sequence, (self._sequence + 1) % packet.NONE
-            data = packet.pack(
-                Packet(
-                    kind=Kind.FEATURES,
-                    bundle=self._bundle.key,
-                    session=self.session,
-                    sequence=sequence,
-                    payload=payload,
-                    codec=CODECS[self.codec],
-                    cut=self.cut,
-                    rate=self._rate,
-                    camera=camera,
-                    budget_ms=budget_ms,
-                    age_us=(now_ns - born_ns) // 1000,
-                )
+        data = packet.pack(
+            Packet(
+                kind=Kind.FEATURES,
+                bundle=self._bundle.key,
+                session=self.session,
+                sequence=sequence,
+                payload=payload,
+                codec=CODECS[self.codec],
+                cut=self.cut,
+                rate=self._rate,
+                camera=camera,
+                budget_ms=budget_ms,
+                age_us=(now_ns - born_ns) // 1000,
             )
-            # The lock is held while publishing, so that no reply can overtake its own bookkeeping.
-            sent.bytes_up = self._link.publish(self._topics.request(self._bundle.key8, self.cut), data)
-            if sent.bytes_up == 0:
-                return "link"
+        )
+        topic = self._topics.request(self._bundle.key8, self.cut)
+        # Its bookkeeping comes first, as no answer may overtake it, and without the lock, as the link may call
+        # `_receive` from inside `publish`. The link then says the exact bytes, which differ by one in MQTT 3.1.1.
+        sent = Sent(context, deadline_ns, now_ns, (now_ns - start_ns) / 1e6, publish_bytes(topic, len(data)))
+        with self._lock:
             self._waiting[sequence] = sent
+        bytes_up = self._link.publish(topic, data)
+        if bytes_up == 0:
+            with self._lock:
+                self._waiting.pop(sequence, None)
+            return "link"
+        sent.bytes_up = bytes_up
         self._counters.add("offload_requests_total", cut=self.cut, codec=self.codec)
         self._counters.add("offload_bytes_total", sent.bytes_up)
         return sent
