@@ -41,5 +41,5 @@ def decode(payload: bytes) -> Reply:
     """
     try:
         return msgspec.json.decode(payload, type=Reply)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise PacketError(f"the reply is damaged: {error}") from error
