@@ -23,8 +23,10 @@ else:
     import tomli as tomllib
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+TierName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,7 +36,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class BrokerConfig(_Struct, frozen=True):
     """How to reach an MQTT broker."""
 
-    host: str
+    host: Text
     port: Port = 1883
     kind: Literal["mqtt", "memory"] = "mqtt"
     version: Literal["auto", "5", "3.1.1"] = "auto"  # of MQTT; auto: 5, and 3.1.1 where the broker does not take it
@@ -43,7 +45,7 @@ class BrokerConfig(_Struct, frozen=True):
     ca_file: str | None = None  # given: TLS, and the broker's certificate must be signed by this
     cert_file: str | None = None
     key_file: str | None = None
-    keepalive_s: Positive = 15
+    keepalive_s: Port = 15
     max_unsent_messages: Positive = 64  # what waits for the socket; more is refused and counted
     max_unsent_bytes: Positive = 8 * 1024 * 1024
 
@@ -69,7 +71,7 @@ class CameraConfig(_Struct, frozen=True):
 class DeviceConfig(_Struct, frozen=True):
     """Everything `kinflow device` can be told."""
 
-    bundle: str
+    bundle: Text
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
@@ -95,18 +97,18 @@ class UplinkConfig(_Struct, frozen=True):
 class NodeConfig(_Struct, frozen=True):
     """Everything `kinflow node` can be told. A node with an uplink is an edge node, one without is the cloud."""
 
-    bundle: str
+    bundle: Text
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
-    tier: str | None = None  # name of this tier in results; default: edge with an uplink, cloud without
+    tier: TierName | None = None  # name of this tier in results; default: edge with an uplink, cloud without
     serves: Literal["devices", "nodes"] = "devices"
     pool: str | None = None  # share the work with other nodes of this name ($share); not on the embedded broker
     uplink: UplinkConfig | None = None
     last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # default: the bundle's for this tier
     early_exits: bool = True
     max_batch_size: Positive = 8
-    max_queue_delay_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # how long a frame may wait for company
+    max_queue_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0  # how long a frame may wait for company
     max_queue_frames: Positive = 256
     max_queue_bytes: Positive = 64 * 1024 * 1024
     threads: Positive = 1
@@ -143,7 +145,9 @@ def parse(text: str, kind: type[Config], name: str = "config") -> Config:
     try:
         config = msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{name}: {_sentence(str(error), kind)}") from error
+        sentence = _sentence(str(error), kind).replace(".*", f".{_wrong_camera(tree)}", 1)
+        sentence = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
+        raise ConfigError(f"{name}: {sentence}") from error
     if not config.id:
         config = msgspec.structs.replace(config, id=re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host")
     _check(config, name)
@@ -171,24 +175,40 @@ def _sentence(message: str, kind: type[Any]) -> str:
     """Turn msgspec's words into ours: the path first, and the nearest known key."""
     problem, _, path = message.partition(" - at `$.")
     path = path.rstrip("`").replace("[...]", ".*")
-    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem, re.DOTALL)
     if unknown:
         key = unknown[1]
         full = f"{path}.{key}" if path else key
-        known = _fields_at(kind, path.split(".") if path else [])
+        known = list(_fields_at(kind, path.split(".") if path else []))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
         return f"{full}: unknown key{hint}"
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
         return f"{path}.{missing[1]}: missing" if path else f"{missing[1]}: missing"
+    if problem.startswith("Invalid enum value"):
+        *parents, key = path.split(".")
+        problem += f"; choose one of {', '.join(get_args(_fields_at(kind, parents)[key]))}"
+    problem = problem.replace("`object", "`table")  # as TOML calls it
     return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
 
 
-def _fields_at(kind: type[Any], path: list[str]) -> list[str]:
+def _wrong_camera(tree: dict[str, Any]) -> str:
+    """The camera whose settings are wrong: msgspec names no keys of tables whose keys are free."""
+    cameras = tree.get("camera")
+    for name, settings in cameras.items() if isinstance(cameras, dict) else ():
+        try:
+            msgspec.convert(settings, CameraConfig)
+        except msgspec.ValidationError:
+            return str(name)
+    return "*"
+
+
+def _fields_at(kind: type[Any], path: list[str]) -> dict[str, Any]:
+    """The keys of a table and their types."""
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if not path:
-        return list(fields)
+        return fields
     inner = fields.get(path[0])
     rest = path[1:]
     structs = [
@@ -196,4 +216,4 @@ def _fields_at(kind: type[Any], path: list[str]) -> list[str]:
     ]
     if rest and rest[0] == "*":
         rest = rest[1:]
-    return _fields_at(structs[0], rest) if structs else []
+    return _fields_at(structs[0], rest) if structs else {}
