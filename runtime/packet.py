@@ -14,6 +14,7 @@ from runtime.errors import PacketError
 MAGIC = b"KF"
 VERSION = 1
 HEADER = struct.Struct("<2sBBBBBBBB2x8sIIIIII")
+BUNDLE_BYTES = 8
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 NONE = 0xFFFF_FFFF  # "no reference", "no budget"
 
@@ -54,6 +55,8 @@ def pack(packet: Packet) -> bytes:
     """
     if len(packet.payload) > MAX_PAYLOAD_BYTES:
         raise PacketError(f"a payload of {len(packet.payload)} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
+    if len(packet.bundle) != BUNDLE_BYTES or packet.reference == NONE:
+        raise PacketError(f"bundle {packet.bundle.hex()} or reference {packet.reference} does not fit the header")
     try:
         header = HEADER.pack(
             MAGIC,
