@@ -67,8 +67,10 @@ class MemoryLink:
             return 0
         with self._hub.lock:
             links = list(self._hub.links)
-            if retain:
+            if retain and payload:
                 self._hub.retained[topic] = payload
+            elif retain:
+                self._hub.retained.pop(topic, None)
         for link in links:
             link._deliver(topic, payload)  # noqa: SLF001 — the same class
         return publish_bytes(topic, len(payload), qos=qos)
@@ -82,5 +84,5 @@ class MemoryLink:
 
     def _deliver(self, topic: str, payload: bytes) -> None:
         for topic_filter, handler in self._subscriptions:
-            if topic_matches_sub(topic_filter, topic):
+            if self.connected and topic_matches_sub(topic_filter, topic):
                 handler(topic, payload)
