@@ -16,7 +16,7 @@ class Batcher(Generic[Item]):
     def __init__(
         self, *, max_batch_size: int, max_queue_delay_ms: float, max_queue_frames: int, max_queue_bytes: int
     ) -> None:
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = min(max_batch_size, max_queue_frames)  # a full queue waits for nobody
         self._max_queue_delay_s = max_queue_delay_ms / 1e3
         self._max_frames = max_queue_frames
         self._max_bytes = max_queue_bytes
