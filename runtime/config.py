@@ -25,7 +25,6 @@ else:
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
-Text = Annotated[str, msgspec.Meta(min_length=1)]
 TierName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -36,7 +35,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class BrokerConfig(_Struct, frozen=True):
     """How to reach an MQTT broker."""
 
-    host: Text
+    host: str
     port: Port = 1883
     kind: Literal["mqtt", "memory"] = "mqtt"
     version: Literal["auto", "5", "3.1.1"] = "auto"  # of MQTT; auto: 5, and 3.1.1 where the broker does not take it
@@ -71,7 +70,7 @@ class CameraConfig(_Struct, frozen=True):
 class DeviceConfig(_Struct, frozen=True):
     """Everything `kinflow device` can be told."""
 
-    bundle: Text
+    bundle: str
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
@@ -97,7 +96,7 @@ class UplinkConfig(_Struct, frozen=True):
 class NodeConfig(_Struct, frozen=True):
     """Everything `kinflow node` can be told. A node with an uplink is an edge node, one without is the cloud."""
 
-    bundle: Text
+    bundle: str
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
