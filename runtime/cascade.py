@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
-from runtime.manifest import Bundle
+from runtime.manifest import Bundle, ExitSpec
 from runtime.policy import ExitPolicy, classify
 from runtime.segment import Segment
 
@@ -43,7 +43,8 @@ class Outcome:
 
     features: Features | None  # unfinished: the features behind the tier's last segment; None when answered
     answer: ExitOutput | None  # what may stand as the answer
-    best: ExitOutput | None  # the deepest exit's word, confident or not: the answer when everything above is gone
+    best: ExitOutput | None  # the word of the deepest exit that was asked, confident or not
+    unasked: Features | None = None  # at a deeper exit that may not answer, so that it was not asked; see `last_word`
     timings: dict[str, float] = field(default_factory=dict)  # stage → ms; a batch's time counts for each of its frames
 
 
@@ -68,17 +69,32 @@ def run(batch: Sequence[Features], tier: Tier, policy: ExitPolicy) -> list[Outco
         spec = tier.bundle.exit_at(index + 1)
         if spec is None:
             continue
+        if not policy.may_answer(spec.cut):
+            for row in rows:
+                outcomes[row].unasked = outcomes[row].features
+            continue
         start = time.perf_counter_ns()
-        head = tier.heads.get(spec.cut)
-        logits = output if head is None else head.run(output)
-        for position, row in enumerate(rows):
-            said = classify(logits[position], spec)
-            outcomes[row].best = said
+        for row, said in zip(rows, _ask(output, spec, tier), strict=True):
+            outcomes[row].best, outcomes[row].unasked = said, None
             if policy.answers(said):
-                outcomes[row].answer = said
-                outcomes[row].features = None
+                outcomes[row].answer, outcomes[row].features = said, None
         _charge(outcomes, rows, f"exit{spec.cut}", start)
     return outcomes
+
+
+def last_word(outcome: Outcome, tier: Tier) -> ExitOutput | None:
+    """What the tier says of an unfinished frame when nothing above answers: its deepest exit's word, confident or not.
+
+    An exit whose threshold forbids it to answer is asked only now, so that it costs nothing while the uplink works.
+    """
+    if outcome.unasked is not None:
+        start = time.perf_counter_ns()
+        spec = tier.bundle.exit_at(outcome.unasked.cut)
+        assert spec is not None, "unasked features lie at an exit"
+        (outcome.best,) = _ask(outcome.unasked.tensor, spec, tier)
+        outcome.unasked = None
+        _charge([outcome], [0], f"exit{spec.cut}", start)
+    return outcome.best
 
 
 def warm_up(tier: Tier) -> None:
@@ -98,6 +114,12 @@ def warm_up(tier: Tier) -> None:
             )
         if index + 1 in tier.heads:
             tier.heads[index + 1].run(tensor)
+
+
+def _ask(batch: Tensor, spec: ExitSpec, tier: Tier) -> list[ExitOutput]:
+    """The exit's word on each of (batch, …). The last exit has no head: the last segment's output is its logits."""
+    head = tier.heads.get(spec.cut)
+    return [classify(logits, spec) for logits in (batch if head is None else head.run(batch))]
 
 
 def _at(outcome: Outcome, cut: int) -> bool:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.25
 DRAIN_S = 2.0
-LINK_S = 3.0
+LINK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class _Frame:
     index: int
     captured_ns: int
     features: Features  # what goes up, if it must
-    best: ExitOutput | None  # the best local exit's word so far
+    outcome: cascade.Outcome | None  # of the local segments; None when they have not run
     timings: dict[str, float]
 
 
@@ -160,7 +160,7 @@ class Device:
         outcome = cascade.run([features], self._tier, self._policy)[0]
         timings.update(outcome.timings)
         rest = outcome.features or features
-        taken = _Frame(frame.camera, frame.index, frame.captured_ns, rest, outcome.best, timings)
+        taken = _Frame(frame.camera, frame.index, frame.captured_ns, rest, outcome, timings)
         if outcome.answer is None:
             self._offload(taken)
         else:
@@ -194,11 +194,9 @@ class Device:
 
     def _answer_locally(self, frame: _Frame, reason: str, sent: Sent[_Frame] | None = None) -> None:
         """Answer from the best local exit, flagged with why nothing better came."""
-        best = frame.best
-        if best is None and frame.features.cut == 0:
-            outcome = cascade.run([frame.features], self._tier, self._policy)[0]
-            frame.timings.update(outcome.timings)
-            best = outcome.best
+        outcome = frame.outcome or cascade.run([frame.features], self._tier, self._policy)[0]
+        best = cascade.last_word(outcome, self._tier)
+        frame.timings.update(outcome.timings)
         if best is None:
             self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
             self._tell(Dropped(frame.camera, frame.index, reason))

@@ -59,7 +59,7 @@ class _Escalated:
     """A request that went further up, and what this tier would say itself."""
 
     request: _Request
-    best: ExitOutput | None
+    outcome: cascade.Outcome
 
 
 class Node:
@@ -187,7 +187,7 @@ class Node:
             if outcome.answer is not None:
                 self._answer(request, outcome.answer)
             elif outcome.features is not None:
-                self._escalate(_Escalated(request, outcome.best), outcome.features)
+                self._escalate(_Escalated(request, outcome), outcome.features)
 
     def _escalate(self, escalated: _Escalated, features: Features) -> None:
         request = escalated.request
@@ -221,10 +221,11 @@ class Node:
 
     def _answer_myself(self, escalated: _Escalated, reason: str) -> None:
         """Answer from this tier's best exit, because nothing above does."""
-        if escalated.best is None:
+        best = cascade.last_word(escalated.outcome, self._tier)
+        if best is None:
             self._refuse(escalated.request, "no exit", f"nothing above answers ({reason}) and no exit here can")
         else:
-            self._answer(escalated.request, escalated.best, degraded=f"{self.tier_name} uplink: {reason}")
+            self._answer(escalated.request, best, degraded=f"{self.tier_name} uplink: {reason}")
 
     def _answer(self, request: _Request, said: ExitOutput, degraded: str | None = None) -> None:
         timings = self._named(request.timings)

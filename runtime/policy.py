@@ -19,8 +19,10 @@ def classify(logits: Logits, spec: ExitSpec) -> ExitOutput:
     scores = np.exp(scaled - scaled.max())
     scores /= scores.sum()
     count = min(TOP, scores.size)
-    # By logits, as distinct logits may round to one score, and stable, so that ties fall to the lower index.
-    best = np.argsort(-logits, kind="stable")[:count]
+    # By logits, as distinct logits may round to one score; ties fall to the lower index.
+    least = np.partition(logits, logits.size - count)[logits.size - count]
+    among = np.flatnonzero(logits >= least)
+    best = among[np.argsort(-logits[among], kind="stable")[:count]]
     topk = tuple((int(index), float(scores[index])) for index in best)
     return ExitOutput(exit=spec.cut, label_index=topk[0][0], confidence=topk[0][1], topk=topk)
 
@@ -37,6 +39,10 @@ class ExitPolicy:
         last = bundle.manifest.exits[-1].cut
         listed = {spec.cut: spec.threshold for spec in bundle.manifest.exits if spec.threshold is not None and early}
         return ExitPolicy({**listed, last: 0.0})
+
+    def may_answer(self, exit_cut: int) -> bool:
+        """Whether this exit answers at all, given confidence enough."""
+        return exit_cut in self.thresholds
 
     def answers(self, output: ExitOutput) -> bool:
         """Whether this exit is confident enough to answer."""

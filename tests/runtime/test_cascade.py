@@ -85,12 +85,12 @@ def test_a_higher_threshold_never_answers_at_a_shallower_exit(
 
 @settings(max_examples=100, deadline=None)
 @given(features=frames, policy=policies)
-def test_best_is_the_word_of_the_deepest_exit_that_was_reached(
+def test_the_last_word_is_that_of_the_deepest_exit_that_was_reached(
     short: Tier, features: Features, policy: ExitPolicy
 ) -> None:
     (outcome,) = cascade.run([features], short, policy)
     seen = said_by_hand(features, short, policy)
-    assert outcome.best == (seen[-1] if seen else None)
+    assert cascade.last_word(outcome, short) == (seen[-1] if seen else None)
     assert outcome.answer == (seen[-1] if seen and policy.answers(seen[-1]) else None)
     assert all(not policy.answers(output) for output in seen[:-1])
 
@@ -117,6 +117,17 @@ def test_frames_leave_at_different_exits_and_keep_their_places(whole: Tier) -> N
         stages = [stage for index in range(depth(outcome)) for stage in (f"segment{index}", f"exit{index + 1}")]
         assert list(outcome.timings) == stages
         assert all(took_ms > 0 for took_ms in outcome.timings.values())
+
+
+def test_an_exit_that_may_not_answer_is_asked_only_for_the_last_word(short: Tier) -> None:
+    (outcome,) = cascade.run([some(0, 0)], short, ExitPolicy({}))
+    assert set(outcome.timings) == {f"segment{index}" for index in short.segments}
+    assert outcome.best is None
+    said = cascade.last_word(outcome, short)
+    assert said is not None
+    assert said.exit == short.last + 1
+    assert f"exit{said.exit}" in outcome.timings
+    assert cascade.last_word(outcome, short) is said
 
 
 def test_frames_past_the_tier_come_back_as_they_were(short: Tier) -> None:

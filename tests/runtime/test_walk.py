@@ -6,11 +6,12 @@ import ast
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+import cv2
 import numpy as np
 import pytest
 
@@ -69,16 +70,17 @@ def serve(tier: Node, stack: ExitStack) -> None:
     stack.callback(stop.set)
 
 
-def test_one_frame_walks_as_written(shared_bundle: Path, tmp_path: Path) -> None:
-    import cv2
-
-    cv2.imwrite(str(tmp_path / "frame.png"), np.zeros((40, 40, 3), np.uint8))
+def test_one_frame_walks_as_written(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "unsure", thresholds=(1.1, 1.1))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    cv2.imwrite(str(photos / "frame.png"), np.zeros((40, 40, 3), np.uint8))
     broker = BrokerConfig(host=f"walk-{tmp_path.name}", kind="memory")
-    common = {"bundle": str(shared_bundle), "broker": broker, "early_exits": False}
+    common = {"bundle": str(bundle), "broker": broker}
     cloud = Node(NodeConfig(**common, id="cloud", serves="nodes"))  # type: ignore[arg-type]
     edge = Node(NodeConfig(**common, id="edge", uplink=UplinkConfig()))  # type: ignore[arg-type]
     results: list[Result | Dropped] = []
-    camera = {"front": CameraConfig(kind="replay", source=str(tmp_path), realtime=False)}
+    camera = {"front": CameraConfig(kind="replay", source=str(photos), realtime=False)}
     device = Device(DeviceConfig(**common, id="cam", camera=camera), results.append)  # type: ignore[arg-type]
     with traced() as calls, ExitStack() as stack:
         serve(cloud, stack)
