@@ -105,7 +105,7 @@ def check_meaning(quantized: NDArray[np.float32], floating: NDArray[np.float32],
     value = cosine(quantized, floating)
     if not value >= least:
         raise BundleError(
-            f"the quantized model's logits have a mean cosine of {value:.4f} with the float model's, below {least:g}; "
+            f"the quantized model's logits have a mean cosine of {value:.6f} with the float model's, below {least:g}; "
             "give more frames like those the model was made for, add --float, or lower --min-cosine"
         )
     return value

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from export.cuts import Cut
-from export.graph import FRAME, Index, Shape, constant, copy_of, replace_input
+from export.graph import FRAME, LAYOUT_OPS, Index, Shape, constant, copy_of, replace_input
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
 from runtime.segment_onnx import session_options
@@ -110,16 +110,26 @@ def add_wire(
 def fused_cuts(model: ModelProto, cuts: Sequence[Cut]) -> set[str]:
     """The cut tensors that onnxruntime will fuse with the layer before or behind them.
 
-    It fuses any layer between DequantizeLinear and QuantizeLinear, and then fails when one of them is per channel.
+    It fuses any layer between DequantizeLinear and QuantizeLinear, even through reshapes and transpositions, and then
+    fails when one of them is per channel.
     """
     index = Index(model)
     tensors = {cut.tensor for cut in cuts}
     fused: set[str] = set()
     for tensor in tensors:
-        reads = [name for name in index.producer[tensor].input if name in index.producer]
-        quantized = [name for name in reads if index.producer[name].op_type == "DequantizeLinear"]
+        reads = [_origin(index, name) for name in index.producer[tensor].input if name in index.producer]
+        quantized = [
+            name for name in reads if name in index.producer and index.producer[name].op_type == "DequantizeLinear"
+        ]
         if reads and all(name in tensors or name in quantized for name in reads):
             fused.update([tensor, *(name for name in reads if name in tensors)])
         elif quantized:
             fused.add(tensor)
     return fused
+
+
+def _origin(index: Index, name: str) -> str:
+    """The tensor that `name` only rearranges."""
+    while name in index.producer and index.producer[name].op_type in LAYOUT_OPS:
+        name = index.producer[name].input[0]
+    return name

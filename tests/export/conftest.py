@@ -13,7 +13,7 @@ from export.pipeline import Exported, export
 from export.recipe import Recipe
 from export.report import Report
 
-NET = '''
+NET = """
 import torch
 from torch import nn
 
@@ -26,9 +26,9 @@ class Net(nn.Module):
         torch.manual_seed(1)
         def stage(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
         def head(c): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 6))
-        self.stage1, self.stage2, self.stage3 = stage(3, 12), stage(12, 16), stage(16, 24)
-        self.mix = nn.Conv2d(16, 16, 3, 1, 1)
-        self.head1, self.head2, self.head = head(12), head(16), head(24)
+        self.stage1, self.stage2, self.stage3 = stage(3, 8), stage(8, 16), stage(16, 32)
+        self.mix = nn.Conv2d(16, 16, 1)
+        self.head1, self.head2, self.head = head(8), head(16), head(32)
         self.exits = exits
 
     def forward(self, x):
@@ -43,7 +43,7 @@ def with_exits(): return Net(exits=True)
 def softmax(): return nn.Sequential(Net(exits=False), nn.Softmax(1))
 def broken(): return nn.Linear(7, 7)
 def no_module(): return 7
-'''
+"""
 
 
 @pytest.fixture(scope="session")

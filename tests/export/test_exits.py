@@ -32,9 +32,7 @@ def test_a_chosen_threshold_keeps_its_promise(said: list[tuple[float, bool]], wa
     confidence = np.array([value for value, _ in said])
     agrees = np.array([value for _, value in said])
     threshold = choose_threshold(confidence, agrees, wanted)
-    kept = [
-        level for level in sorted(set(confidence)) if agrees[confidence >= level].mean() >= wanted * (1 - 1e-12)
-    ]
+    kept = [level for level in sorted(set(confidence)) if agrees[confidence >= level].mean() >= wanted * (1 - 1e-12)]
     assert threshold == (kept[0] if kept else None)
 
 
@@ -70,7 +68,9 @@ def test_a_head_in_onnx_is_the_head_that_was_fitted(shape: tuple[int, ...]) -> N
 
     generator = np.random.default_rng(0)
     axis = 1 if len(shape) == 3 else len(shape)
-    wire = Wire("q", generator.uniform(0.1, 1, 4).astype(np.float32), generator.integers(0, 9, 4).astype(np.uint8), axis)
+    wire = Wire(
+        "q", generator.uniform(0.1, 1, 4).astype(np.float32), generator.integers(0, 9, 4).astype(np.uint8), axis
+    )
     features = generator.integers(0, 256, (2, *shape)).astype(np.uint8)
     logits = generator.normal(0, 1, (40, 3)).astype(np.float32)
     head = fit_head(generator.normal(0, 1, (40, 4)).astype(np.float32), logits, np.arange(40))

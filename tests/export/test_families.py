@@ -56,7 +56,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
         model = getattr(transformers, f"{stem}ForImageClassification")(config)
         # The library's own random weights are so small that a deep network's logits vanish.
         for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 torch.nn.init.kaiming_normal_(module.weight)
         model.save_pretrained(directory)
         if family not in ("vit", "deit"):

@@ -75,7 +75,7 @@ def test_a_models_own_exits_are_kept(recipe: Recipe, net: str, tmp_path: Path) -
     frame = golden["frames"][:1]
     seen = replay(made.bundle, [frame])
     namespace: dict[str, object] = {}
-    exec(Path(net).read_text(), namespace)  # noqa: S102  the fixture's own text
+    exec(Path(net).read_text(), namespace)
     module = namespace["with_exits"]().eval()  # type: ignore[operator]
     pixels = torch.from_numpy((frame.astype(np.float32) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -94,7 +94,9 @@ def test_own_exits_hang_on_the_uint8_wire(recipe: Recipe, net: str, tmp_path: Pa
 
 def test_a_final_softmax_is_removed(net: str) -> None:
     plain = open_model(f"{net}:plain", InputOptions(), SILENT).simplified
-    softmax = open_model(f"{net}:softmax", InputOptions(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), SILENT).simplified
+    softmax = open_model(
+        f"{net}:softmax", InputOptions(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), SILENT
+    ).simplified
     assert "Softmax" not in [node.op_type for node in softmax.whole.graph.node]
     frame = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     assert np.allclose(run_whole(plain.whole, [frame]), run_whole(softmax.whole, [frame]), atol=1e-5)
