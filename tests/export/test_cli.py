@@ -78,9 +78,7 @@ def test_cuts_can_be_given(net: str, photos: Path, tmp_path: Path) -> None:
         ("{dir}/notes.txt", 65, "neither an .onnx file nor FILE.py:FACTORY"),
     ],
 )
-def test_a_model_that_cannot_be_used(
-    model: str, code: int, words: str, net: str, photos: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_used(model: str, code: int, words: str, net: str, photos: Path, tmp_path: Path) -> None:
     write_broken_models(tmp_path)
     found = sentence(model.format(dir=tmp_path, net=net), "--frames", photos, "--out", tmp_path / "out")
     assert found[0] == code
@@ -149,7 +147,7 @@ def test_an_onnx_file_in_nhwc_with_open_dimensions_and_weights_beside_it(photos:
 
 
 def write_broken_models(directory: Path) -> None:
-    def model(name: str, inputs: list[list[object]], outputs: list[object]) -> None:
+    def model(name: str, inputs: list[list[int | str]], outputs: list[int | str]) -> None:
         names = [f"x{place}" for place in range(len(inputs))]
         node = helper.make_node("Sum", names, ["y"])
         infos = [
@@ -160,7 +158,7 @@ def write_broken_models(directory: Path) -> None:
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.save(made, directory / name)
 
-    image: list[object] = [1, 3, 8, 8]
+    image: list[int | str] = [1, 3, 8, 8]
     model("two.onnx", [image, image], image)
     model("open.onnx", [["n", 3, "h", "w"]], ["n", 3, "h", "w"])
     model("map.onnx", [image], image)

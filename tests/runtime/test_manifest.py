@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,128 @@ from typing import Any
 import pytest
 
 from runtime.errors import BundleError
-from runtime.manifest import MANIFEST, NOTES, load, verify_files
+from runtime.manifest import FORMAT, MANIFEST, NOTES, load, save, verify_files
 
-ROOT = Path(__file__).parents[2]
+Change = Callable[[dict[str, Any]], None]
+
+
+def change(bundle: Path, how: Change) -> None:
+    path = bundle / MANIFEST
+    tree = json.loads(path.read_text())
+    how(tree)
+    path.write_text(json.dumps(tree))
+
+
+def refusal(bundle: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        verify_files(load(bundle))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 65
+    return str(caught.value)
+
+
+def test_what_is_saved_is_loaded(shared_bundle: Path, tmp_path: Path) -> None:
+    bundle = load(shared_bundle)
+    assert save(bundle.manifest, tmp_path) == save(bundle.manifest, tmp_path)
+    assert json.loads((tmp_path / MANIFEST).read_text()) == json.loads((shared_bundle / MANIFEST).read_text())
+    assert bundle.key == bytes.fromhex(bundle.id)[:8]
+    assert bundle.key8 == bundle.id[:8]
+    assert bundle.exit_at(len(bundle.manifest.segments)) == bundle.manifest.exits[-1]
+    assert bundle.exit_at(0) is None
+    verify_files(bundle)
+
+
+def test_the_id_stands_for_every_field(tiny_bundle: Path) -> None:
+    before = load(tiny_bundle).id
+    change(tiny_bundle, lambda tree: tree["exits"][0].update(temperature=2.5))
+    assert load(tiny_bundle).id != before
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    assert "is not a bundle" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "one"}', '{"format": 1}'])
+def test_a_manifest_that_is_none(text: str, tiny_bundle: Path) -> None:
+    (tiny_bundle / MANIFEST).write_text(text)
+    assert "manifest.json is damaged" in refusal(tiny_bundle)
+
+
+def test_a_newer_format_is_refused_whatever_else_it_holds(tiny_bundle: Path) -> None:
+    change(tiny_bundle, lambda tree: tree.update(format=FORMAT + 1, invented=True))
+    assert f"has format {FORMAT + 1}" in refusal(tiny_bundle)
+
+
+STRUCTURE: dict[str, tuple[Change, str]] = {
+    "unknown field": (lambda tree: tree.update(invented=1), "unknown field `invented`"),
+    "unknown field inside": (lambda tree: tree["cuts"][0].update(invented=1), "invented"),
+    "missing field": (lambda tree: tree.pop("labels"), "missing required field `labels`"),
+    "wrong type": (lambda tree: tree["segments"][0].update(macs="many"), "macs"),
+    "no segments": (lambda tree: tree.update(segments=[]), "0 segments need 1 cuts"),
+    "a cut too few": (lambda tree: tree["cuts"].pop(), "segments need"),
+    "exits out of order": (lambda tree: tree["exits"].reverse(), "exits must be in order"),
+    "no last exit": (lambda tree: tree["exits"].pop(), "exits must be in order"),
+    "an exit without file": (lambda tree: tree["exits"][0].update(file=None), "needs a file"),
+    "tiers that leave a segment": (lambda tree: tree["tiers"].pop(), "tiers must take all"),
+    "an unlisted file": (lambda tree: tree["segments"][0].update(file="segments/9.onnx"), "not in the list"),
+}
+
+
+@pytest.mark.parametrize("damage", STRUCTURE)
+def test_damaged_structure_gives_one_sentence(damage: str, tiny_bundle: Path) -> None:
+    how, words = STRUCTURE[damage]
+    change(tiny_bundle, how)
+    assert words in refusal(tiny_bundle)
+
+
+@pytest.mark.parametrize("path", ["../outside.txt", "/etc/hostname", "segments/../../outside.txt"])
+def test_a_path_outside_is_refused_before_it_is_read(path: str, tiny_bundle: Path) -> None:
+    (tiny_bundle.parent / "outside.txt").write_text("secret")
+    change(tiny_bundle, lambda tree: tree["files"].append({"path": path, "size_bytes": 6, "sha256": "0" * 64}))
+    assert "points outside the bundle" in refusal(tiny_bundle)
+
+
+def test_a_link_outside_is_refused(tiny_bundle: Path) -> None:
+    (tiny_bundle.parent / "outside.txt").write_text("secret")
+    (tiny_bundle / "inside.txt").symlink_to(tiny_bundle.parent / "outside.txt")
+    change(tiny_bundle, lambda tree: tree["files"].append({"path": "inside.txt", "size_bytes": 6, "sha256": "0" * 64}))
+    assert "points outside the bundle" in refusal(tiny_bundle)
+
+
+def first_segment(bundle: Path) -> Path:
+    return bundle / load(bundle).manifest.segments[0].file
+
+
+def test_a_missing_file(tiny_bundle: Path) -> None:
+    first_segment(tiny_bundle).unlink()
+    assert "is missing from the bundle" in refusal(tiny_bundle)
+
+
+def test_a_file_of_another_size(tiny_bundle: Path) -> None:
+    path = first_segment(tiny_bundle)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "bytes, the manifest says" in refusal(tiny_bundle)
+
+
+def test_a_file_of_the_same_size(tiny_bundle: Path) -> None:
+    path = first_segment(tiny_bundle)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "its SHA-256 differs" in refusal(tiny_bundle)
+
+
+def test_a_file_that_nobody_listed(tiny_bundle: Path) -> None:
+    (tiny_bundle / "extra.bin").write_bytes(b"x")
+    assert "lies in the bundle but not in its manifest" in refusal(tiny_bundle)
+
+
+def test_notes_may_lie_beside_the_contract(tiny_bundle: Path) -> None:
+    for name in NOTES:
+        (tiny_bundle / name).write_text("measured here")
+    verify_files(load(tiny_bundle))
+
+
+def test_a_file_that_is_not_listed_is_not_opened(shared_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="not in the manifest's list"):
+        load(shared_bundle).file("manifest.json")
