@@ -40,13 +40,16 @@ class Batcher(Generic[Item]):
         A batch leaves when it is full or its oldest item has waited for `max_queue_delay_ms`.
         """
         with self._changed:
+            end = time.monotonic() + timeout_s
             if not self._queue:
                 self._changed.wait(timeout_s)
             if not self._queue:
                 return []
             ripe = self._queue[0][2] + self._max_queue_delay_s
-            while len(self._queue) < self._max_batch_size and (left_s := ripe - time.monotonic()) > 0:
-                self._changed.wait(left_s)
+            while len(self._queue) < self._max_batch_size and time.monotonic() < ripe:
+                if time.monotonic() >= end:
+                    return []
+                self._changed.wait(min(ripe, end) - time.monotonic())
             taken = [self._queue.popleft() for _ in range(min(self._max_batch_size, len(self._queue)))]
             self._bytes -= sum(size_bytes for _, size_bytes, _ in taken)
             return [item for item, _, _ in taken]

@@ -6,7 +6,7 @@ another system. A codec object keeps its contexts between frames and belongs to 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -49,8 +49,7 @@ class RawCodec:
 
     def encode(self, tensor: Tensor) -> bytes:
         """Return the features (1, …) of one frame as a zstd frame."""
-        if tensor.shape != self._shape or tensor.dtype != self._dtype:
-            raise ValueError(f"features {tensor.shape} {tensor.dtype} are not {self._shape} {self._dtype}")
+        _check(tensor, self._shape, self._dtype)
         data = np.ascontiguousarray(tensor).reshape(-1)
         if self._dtype.itemsize > 1:
             data = np.ascontiguousarray(data.view(np.uint8).reshape(-1, self._dtype.itemsize).T)
@@ -84,6 +83,7 @@ class JpegCodec:
 
     def encode(self, tensor: Tensor) -> bytes:
         """Return the frame (1, height, width, 3) RGB as a JPEG."""
+        _check(tensor, self._shape, np.dtype(np.uint8))
         ok, data = cv2.imencode(".jpg", cv2.cvtColor(tensor[0], cv2.COLOR_RGB2BGR), self._quality)
         if not ok:
             raise ValueError(f"OpenCV could not encode a frame of shape {tensor.shape}")
@@ -104,6 +104,11 @@ class JpegCodec:
         if pixels is None or pixels.shape != self._shape[1:]:
             raise PacketError("the payload is a damaged JPEG")
         return np.ascontiguousarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))[np.newaxis]
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"features {tensor.shape} {tensor.dtype} are not {shape} {dtype}")
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

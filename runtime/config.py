@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+NotEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 TierName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -35,7 +36,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class BrokerConfig(_Struct, frozen=True):
     """How to reach an MQTT broker."""
 
-    host: str
+    host: NotEmpty
     port: Port = 1883
     kind: Literal["mqtt", "memory"] = "mqtt"
     version: Literal["auto", "5", "3.1.1"] = "auto"  # of MQTT; auto: 5, and 3.1.1 where the broker does not take it
@@ -70,7 +71,7 @@ class CameraConfig(_Struct, frozen=True):
 class DeviceConfig(_Struct, frozen=True):
     """Everything `kinflow device` can be told."""
 
-    bundle: str
+    bundle: NotEmpty
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
@@ -96,7 +97,7 @@ class UplinkConfig(_Struct, frozen=True):
 class NodeConfig(_Struct, frozen=True):
     """Everything `kinflow node` can be told. A node with an uplink is an edge node, one without is the cloud."""
 
-    bundle: str
+    bundle: NotEmpty
     broker: BrokerConfig
     site: str = "home"
     id: str = ""  # default: the host's name
@@ -118,7 +119,7 @@ Config = TypeVar("Config", DeviceConfig, NodeConfig)
 
 
 def load(path: Path, kind: type[Config]) -> Config:
-    """Read a TOML file as a DeviceConfig or a NodeConfig; a relative bundle path is taken from the file's folder.
+    """Read a TOML file as a DeviceConfig or a NodeConfig; relative paths are taken from the file's folder.
 
     Raises:
         ConfigError: the file cannot be read or a key is unknown, missing or of the wrong type.
@@ -126,9 +127,26 @@ def load(path: Path, kind: type[Config]) -> Config:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config {path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"the config {path} cannot be read: {reason}") from error
     config = parse(text, kind, name=str(path))
-    return msgspec.structs.replace(config, bundle=str(path.parent / config.bundle))
+    replaced: dict[str, Any] = {
+        "bundle": str(path.parent / config.bundle),
+        "broker": _from_folder(config.broker, path.parent),
+    }
+    if isinstance(config, NodeConfig) and config.uplink is not None and config.uplink.broker is not None:
+        upper = _from_folder(config.uplink.broker, path.parent)
+        replaced["uplink"] = msgspec.structs.replace(config.uplink, broker=upper)
+    return msgspec.structs.replace(config, **replaced)
+
+
+def _from_folder(broker: BrokerConfig, folder: Path) -> BrokerConfig:
+    """The same broker with its files' paths taken from `folder`."""
+    names = ("password_file", "ca_file", "cert_file", "key_file")
+    files = {name: getattr(broker, name) for name in names}
+    return msgspec.structs.replace(
+        broker, **{name: str(folder / file) for name, file in files.items() if file is not None}
+    )
 
 
 def parse(text: str, kind: type[Config], name: str = "config") -> Config:

@@ -78,6 +78,7 @@ class Device:
         self._policy = ExitPolicy.of(bundle, early=config.early_exits)
         self._wake = threading.Event()
         self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
+        self._cameras = {name: index for index, name in enumerate(config.camera)}
         self._statuses: dict[str, str] = {}
         self._topics = Subtree(config.site, "d", config.id)
         self._link = open_link(
@@ -176,7 +177,7 @@ class Device:
                 frame,
                 born_ns=frame.captured_ns,
                 deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
-                camera=list(self._config.camera).index(frame.camera),
+                camera=self._cameras[frame.camera],
             )
         if isinstance(sent, str):
             self._answer_locally(frame, sent)

@@ -13,6 +13,7 @@ from paho.mqtt.client import topic_matches_sub
 
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
+from runtime.errors import ConfigError
 from runtime.link import Handler
 from runtime.topics import publish_bytes
 
@@ -42,7 +43,9 @@ class MemoryLink:
         self.connected = False
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
-        """Call `handler` for every message that matches."""
+        """Call `handler` for every message that matches; there are no shared subscriptions in memory."""
+        if topic_filter.startswith("$share/"):
+            raise ConfigError("pool: the broker in memory has no shared subscriptions; leave pool out")
         self._subscriptions.append((topic_filter, handler))
 
     def on_connect(self, action: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -95,7 +95,7 @@ class ExitSpec(_Struct, frozen=True):
 
     cut: int
     file: str | None
-    temperature: float
+    temperature: Annotated[float, msgspec.Meta(gt=0)]
     threshold: float | None  # least confidence at which it answers; None: never before the uplink is lost
     agreement: float  # the target the threshold was chosen for; 1.0 for the last exit
     measured: Measured | None = None
@@ -223,7 +223,7 @@ def _decode(data: bytes) -> Manifest:
         if number > FORMAT:
             raise BundleError(f"the bundle has format {number}, this Kinflow reads up to {FORMAT}; update Kinflow")
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError(f"{MANIFEST} is damaged: {error}") from error
 
 

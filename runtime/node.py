@@ -25,7 +25,7 @@ from runtime.codec import Codecs
 from runtime.config import NodeConfig
 from runtime.counters import Counters
 from runtime.datatypes import ExitOutput, Features
-from runtime.errors import ConfigError, PacketError
+from runtime.errors import BundleError, ConfigError, PacketError
 from runtime.link import Link, open_link
 from runtime.packet import Kind, Packet
 from runtime.policy import ExitPolicy
@@ -146,6 +146,8 @@ class Node:
             message = packet.unpack(data)
             if message.kind is not Kind.FEATURES:
                 raise PacketError(f"a packet of kind {message.kind.name} is no request")
+            if message.variant or message.flags or message.reference is not None:
+                raise PacketError("the packet uses what this version does not know yet; update Kinflow on this node")
         except PacketError as error:
             self._count_refused("damaged", str(error))
             return
@@ -182,7 +184,14 @@ class Node:
         if not batch:
             return
         self.counters.add("batches_total", size=len(batch))
-        for request, outcome in zip(ready, cascade.run(batch, self._tier, self._policy), strict=True):
+        try:
+            outcomes = cascade.run(batch, self._tier, self._policy)
+        except BundleError as error:
+            log.error("a batch of %d frames failed: %s", len(batch), error)
+            for request in ready:
+                self._refuse(request, "bundle", str(error))
+            return
+        for request, outcome in zip(ready, outcomes, strict=True):
             request.timings.update(outcome.timings)
             if outcome.answer is not None:
                 self._answer(request, outcome.answer)
@@ -225,7 +234,8 @@ class Node:
         if best is None:
             self._refuse(escalated.request, "no exit", f"nothing above answers ({reason}) and no exit here can")
         else:
-            self._answer(escalated.request, best, degraded=f"{self.tier_name} uplink: {reason}")
+            degraded = f"{self.tier_name} uplink: {reason}"
+            self._answer(escalated.request, best, degraded=degraded[: reply.MAX_DEGRADED])
 
     def _answer(self, request: _Request, said: ExitOutput, degraded: str | None = None) -> None:
         timings = self._named(request.timings)
@@ -239,7 +249,7 @@ class Node:
     def _reply(self, request: _Request, said: Reply) -> None:
         self.counters.add("replies_total", tier=said.tier, exit=said.exit)
         if said.degraded is not None:
-            self.counters.add("replies_degraded_total", reason=said.degraded)
+            self.counters.add("replies_degraded_total")
         self._send_down(request, Kind.RESULT, reply.encode(said))
 
     def _refuse(self, request: _Request, reason: str, sentence: str) -> None:

@@ -8,13 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.datatypes import ExitOutput, Logits
+from runtime.errors import BundleError
 from runtime.manifest import Bundle, ExitSpec
 
 TOP = 5
 
 
 def classify(logits: Logits, spec: ExitSpec) -> ExitOutput:
-    """Read one frame's logits (classes,) as probabilities after the exit's temperature."""
+    """Read one frame's logits (classes,) as probabilities after the exit's temperature.
+
+    Raises:
+        BundleError: a logit is not finite: the graph does not work on this machine.
+    """
+    if not np.isfinite(logits).all():
+        raise BundleError(f"exit {spec.cut} gave a logit that is no number; verify the bundle on this machine")
     scaled = logits.astype(np.float32) / np.float32(spec.temperature)
     scores = np.exp(scaled - scaled.max())
     scores /= scores.sum()

@@ -9,6 +9,8 @@ import msgspec
 from runtime.datatypes import ExitOutput
 from runtime.errors import PacketError
 
+MAX_DEGRADED = 200
+MAX_TIMINGS = 256
 Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -17,10 +19,11 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """An answer from above."""
 
     tier: Annotated[str, msgspec.Meta(max_length=64)]
-    exit: Index
+    exit: Annotated[int, msgspec.Meta(ge=0, le=255)]
     topk: Annotated[tuple[tuple[Index, Score], ...], msgspec.Meta(min_length=1, max_length=16)]
-    timings: dict[str, float] = {}  # stage → ms, each with the name of its tier
-    degraded: Annotated[str, msgspec.Meta(max_length=200)] | None = None
+    # stage → ms, each with the name of its tier
+    timings: Annotated[dict[str, float], msgspec.Meta(max_length=MAX_TIMINGS)] = {}
+    degraded: Annotated[str, msgspec.Meta(max_length=MAX_DEGRADED)] | None = None
 
     def output(self) -> ExitOutput:
         """The answer as an exit's word."""

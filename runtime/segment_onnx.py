@@ -31,8 +31,7 @@ class OnnxSegment:
         try:
             self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors share no public base class
-            reason = str(error).splitlines()[0]
-            raise BundleError(f"onnxruntime {ort.__version__} cannot load {file}: {reason}") from error
+            raise BundleError(f"onnxruntime {ort.__version__} cannot load {file}: {_first_line(error)}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
             raise BundleError(f"{file} has {len(inputs)} inputs and {len(outputs)} outputs; a segment has one of each")
@@ -49,5 +48,9 @@ class OnnxSegment:
         try:
             (output,) = self._session.run(self._outputs, {self._input: np.ascontiguousarray(batch)})
         except Exception as error:  # as above
-            raise BundleError(f"{self._file} does not run: {str(error).splitlines()[0]}") from error
+            raise BundleError(f"{self._file} does not run: {_first_line(error)}") from error
         return output  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

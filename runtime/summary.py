@@ -67,7 +67,10 @@ def summarize(
         answered=len(results),
         dropped=dropped,
         degraded=degraded,
-        tiers={tier: _tier([result for result in results if result.tier == tier], frames) for tier in tiers},
+        tiers={
+            tier: _tier([result for result in results if result.tier == tier], frames)
+            for tier in dict.fromkeys([*tiers, *(result.tier for result in results)])
+        },
         bytes_up_per_frame=sum(sent) / max(1, len(results)),
         bytes_up_per_sent_frame=sum(sent) / len(sent) if sent else None,
         uplink_bytes_per_frame=None if uplink_bytes is None else uplink_bytes / max(1, len(results)),

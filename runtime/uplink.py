@@ -43,8 +43,8 @@ class Sent(Generic[Context]):
 class Uplink(Generic[Context]):
     """Sends features of one bundle at one cut with one codec, and matches the answers.
 
-    `on_reply` is called on the link's thread, once at most for each Sent, with a Reply or with the sentence of a
-    refusal. A Sent that `expire` or `drain` has returned is never answered any more.
+    Only one thread may send. `on_reply` is called on the link's thread, once at most for each Sent, with a Reply or
+    with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Uplink(Generic[Context]):
             camera: index in the sender's list of cameras.
 
         Returns:
-            What was sent, or the reason why it was not: `offline`, `busy`, `deadline` or `link`.
+            What was sent, or the reason why it was not: `offline`, `busy`, `deadline`, `oversize` or `link`.
         """
         if not self._link.connected:
             return "offline"
@@ -104,6 +104,8 @@ class Uplink(Generic[Context]):
             return "busy"
         start_ns = time.monotonic_ns()
         payload = self._codec.encode(features.tensor)
+        if len(payload) > packet.MAX_PAYLOAD_BYTES:
+            return "oversize"
         now_ns = time.monotonic_ns()
         budget_ms = (deadline_ns - now_ns) // 1_000_000
         if budget_ms <= 0:

@@ -61,7 +61,7 @@ def test_a_board_config_loads_and_is_short(path: Path) -> None:
     tier = path.suffixes[-2]
     text = path.read_text("utf-8")
     assert text.startswith("# Kinflow"), "begin with a comment that says what the file is for and how to use it"
-    least = 'bundle = ""\nbroker.host = ""'
+    least = 'bundle = "b"\nbroker.host = "h"'
     loaded: DeviceConfig | NodeConfig
     defaults: DeviceConfig | NodeConfig
     if tier == ".device":

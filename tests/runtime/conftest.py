@@ -66,7 +66,7 @@ def _scalar(value: float, dtype: type[np.generic]) -> np.ndarray:
     return np.array(value, dtype)
 
 
-def _files(rng: np.random.Generator) -> dict[str, bytes]:
+def _files(rng: np.random.Generator, logit_scale: float) -> dict[str, bytes]:
     pixels, eight, four = (
         (TensorProto.UINT8, (16, 16, 3)),
         (TensorProto.UINT8, (4, 8, 8)),
@@ -107,7 +107,9 @@ def _files(rng: np.random.Generator) -> dict[str, bytes]:
         "segments/1.onnx": _graph(
             conv(4, 6, dequantize, "float"), {**quantizer, "weight": weights(6, 4, 3, 3)}, eight, four
         ),
-        "segments/2.onnx": _graph(head, {**quantizer, "weight": weights(CLASSES, 6) * 8}, four, logits),
+        "segments/2.onnx": _graph(
+            head, {**quantizer, "weight": weights(CLASSES, 6) * np.float32(8 * logit_scale)}, four, logits
+        ),
         "exits/1.onnx": _graph(head, {**quantizer, "weight": weights(CLASSES, 4) * 4}, eight, logits),
         "exits/2.onnx": _graph(head, {**quantizer, "weight": weights(CLASSES, 6) * 4}, four, logits),
         "labels.txt": "\n".join(f"label {index}" for index in range(CLASSES)).encode(),
@@ -115,11 +117,15 @@ def _files(rng: np.random.Generator) -> dict[str, bytes]:
 
 
 def write_tiny_bundle(
-    path: Path, *, thresholds: tuple[float | None, float | None] = (0.6, 0.6), heads: bool = True
+    path: Path,
+    *,
+    thresholds: tuple[float | None, float | None] = (0.6, 0.6),
+    heads: bool = True,
+    logit_scale: float = 1.0,
 ) -> Path:
     """Write the tiny bundle to `path`: uint8 cuts of 4x8x8 and 6x4x4, five classes, 16x16 pixels."""
     rng = np.random.default_rng(0)
-    files = _files(rng)
+    files = _files(rng, logit_scale)
     golden = io.BytesIO()
     np.savez(golden, frames=rng.integers(0, 256, (2, 16, 16, 3), np.uint8))
     files["golden/golden.npz"] = golden.getvalue()

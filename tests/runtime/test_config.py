@@ -147,3 +147,25 @@ def test_any_text_is_a_config_or_one_sentence(text: str) -> None:
         else:
             said = ""
         assert "\n" not in said
+
+
+def test_all_paths_are_taken_from_the_configs_folder(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(
+        'bundle = "b"\n[broker]\nhost = "h"\npassword_file = "secret"\nca_file = "/etc/ca.pem"\n'
+        '[uplink.broker]\nhost = "up"\nkey_file = "keys/up.pem"\n'
+    )
+    loaded = load(path, NodeConfig)
+    assert loaded.bundle == str(tmp_path / "b")
+    assert loaded.broker.password_file == str(tmp_path / "secret")
+    assert loaded.broker.ca_file == "/etc/ca.pem"
+    assert loaded.broker.cert_file is None
+    assert loaded.uplink is not None
+    assert loaded.uplink.broker is not None
+    assert loaded.uplink.broker.key_file == str(tmp_path / "keys/up.pem")
+
+
+@pytest.mark.parametrize("text", ['bundle = ""\nbroker.host = "h"', 'bundle = "b"\nbroker.host = ""'])
+def test_an_empty_bundle_or_host_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="length >= 1"):
+        parse(text, NodeConfig)

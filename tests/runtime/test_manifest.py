@@ -133,3 +133,14 @@ def test_notes_may_lie_beside_the_contract(tiny_bundle: Path) -> None:
 def test_a_file_that_is_not_listed_is_not_opened(shared_bundle: Path) -> None:
     with pytest.raises(BundleError, match="not in the manifest's list"):
         load(shared_bundle).file("manifest.json")
+
+
+def test_a_manifest_that_is_no_text(tiny_bundle: Path) -> None:
+    path = tiny_bundle / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"tiny"', b'"\xff\xfe"'))
+    assert "manifest.json is damaged" in refusal(tiny_bundle)
+
+
+def test_a_temperature_must_be_positive(tiny_bundle: Path) -> None:
+    change(tiny_bundle, lambda tree: tree["exits"][0].update(temperature=-1.0))
+    assert "manifest.json is damaged" in refusal(tiny_bundle)

@@ -115,6 +115,29 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(
     assert isinstance(client.ask(2), reply.Reply)
 
 
+@pytest.mark.parametrize("change", [{"variant": 1}, {"flags": 1}, {"reference": 0}])
+def test_what_a_later_version_may_send_is_not_taken_for_something_else(
+    client: Client, node: Node, change: dict[str, int]
+) -> None:
+    client.send(client.request(1, **change))
+    assert isinstance(client.ask(2), reply.Reply)
+    assert 1 not in client.replies
+    assert node.counters.snapshot()['packets_refused_total{reason="damaged"}'] == 1
+
+
+def test_a_graph_that_fails_on_this_machine_does_not_end_the_node(
+    tmp_path: Path, make_bundle: Callable[..., Path], memory_broker: BrokerConfig, serving: Serving
+) -> None:
+    path = make_bundle(tmp_path / "overflowing", logit_scale=np.inf)
+    client = Client(memory_broker, manifest.load(path))
+    with serving(Node(NodeConfig(bundle=str(path), broker=memory_broker, id="box", early_exits=False))):
+        for sequence in range(2):
+            answer = client.ask(sequence)
+            assert isinstance(answer, str)
+            assert "gave a logit that is no number" in answer
+    client.link.close()
+
+
 def test_a_request_whose_budget_has_ended_is_not_run(client: Client, node: Node) -> None:
     client.send(client.request(1, budget_ms=0))
     assert isinstance(client.ask(2), reply.Reply)
@@ -239,6 +262,26 @@ def test_an_edge_node_answers_itself_when_the_cloud_is_gone(edge: Node, client: 
     assert isinstance(answer, reply.Reply)
     assert (answer.tier, answer.exit, answer.degraded) == ("edge", 2, "edge uplink: deadline")
     assert 0.2 < took_s < 0.3 + 0.25
+
+
+def test_a_long_refusal_from_above_still_comes_down_as_an_answer(
+    edge: Node, client: Client, memory_broker: BrokerConfig, serving: Serving
+) -> None:
+    cloud = open_link(memory_broker, client_id="cloud", counters=Counters())
+
+    def refuse(topic: str, data: bytes) -> None:
+        message = packet.unpack(data)
+        refusal = Packet(Kind.REFUSAL, message.bundle, message.session, message.sequence, b"x" * 1000)
+        cloud.publish("kinflow/v1/home/n/edge/res", packet.pack(refusal))
+
+    cloud.subscribe("kinflow/v1/home/n/+/req/#", refuse)
+    cloud.start()
+    with serving(edge):
+        answer = client.ask(1)
+    cloud.close()
+    assert isinstance(answer, reply.Reply)
+    assert answer.degraded is not None
+    assert answer.degraded.startswith("edge uplink: refused: xxx")
 
 
 def test_a_node_without_an_uplink_must_run_to_the_end(shared_bundle: Path, memory_broker: BrokerConfig) -> None:
