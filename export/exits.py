@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from export.graph import FRAME, LOGITS, OPSET, Index, Shape, constant, copy_of, extract, finish, tensor_info
-from export.wires import Wire, channel_axis
+from export.slicing import on_wire
+from export.wires import Wire
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, ExitSpec
 from runtime.policy import classify
@@ -40,13 +41,9 @@ class LinearHead:
 def pool(features: Tensor, wire: Wire | None) -> NDArray[np.float32]:
     """The mean over space or tokens of features as they stand on the wire: (batch, channels)."""
     values = features.astype(np.float32)
-    axis = channel_axis(features.ndim)
     if wire is not None:
-        shape = [1] * features.ndim
-        if wire.scale.size > 1:
-            shape[wire.axis] = wire.scale.size
-        values = (values - wire.zero_point.astype(np.float32).reshape(shape)) * wire.scale.reshape(shape)
-    rest = tuple(place for place in range(1, features.ndim) if place != axis)
+        values = (values - wire.zero_point.astype(np.float32)) * wire.scale
+    rest = tuple(range(1, features.ndim - 1))
     pooled: NDArray[np.float32] = values.mean(axis=rest, dtype=np.float32) if rest else values
     return pooled
 
@@ -110,15 +107,14 @@ def _held_out_error(
 
 def head_model(head: LinearHead, wire: Wire | None, shape: Shape, name: str) -> ModelProto:
     """A fitted head as a graph that reads the features as they stand on the wire."""
-    rank = len(shape) + 1
-    axes = [place for place in range(1, rank) if place != channel_axis(rank)]
+    axes = list(range(1, len(shape)))
     nodes = [helper.make_node("Gemm", ["pooled", "weight", "bias"], [LOGITS], "classify")]
     if axes:
         nodes.insert(0, helper.make_node("ReduceMean", ["values"], ["pooled"], "pool", axes=axes, keepdims=0))
     else:
         nodes[0].input[0] = "values"
     weights = [constant("weight", head.weight), constant("bias", head.bias)]
-    nodes, weights = _read_wire(nodes, weights, wire, "values")
+    nodes, weights = _read_wire(nodes, weights, wire, "values", shape)
     graph = helper.make_graph(
         nodes,
         name,
@@ -130,14 +126,22 @@ def head_model(head: LinearHead, wire: Wire | None, shape: Shape, name: str) -> 
 
 
 def own_head(whole: ModelProto, output: str, cut_tensor: str, wire: Wire | None, shape: Shape, name: str) -> ModelProto:
-    """The model's own exit `output` as a graph that reads the features as they stand on the wire."""
+    """The model's own exit `output` as a graph that reads the features as they stand on the wire.
+
+    `shape` is that of the tensor in the graph, without the batch.
+    """
     declared = next(info for info in whole.graph.output if info.name == output)
     part = extract(copy_of(whole), [tensor_info(cut_tensor, "float32", shape)], [declared], name)
-    nodes, weights = _read_wire(list(part.graph.node), list(part.graph.initializer), wire, cut_tensor)
+    nodes, weights = list(part.graph.node), list(part.graph.initializer)
+    values = cut_tensor
+    if on_wire(shape) != shape:
+        values = "wire/values"
+        nodes.insert(0, helper.make_node("Transpose", [values], [cut_tensor], "wire/read", perm=[0, 3, 1, 2]))
+    nodes, weights = _read_wire(nodes, weights, wire, values, on_wire(shape))
     graph = helper.make_graph(
         nodes,
         name,
-        [tensor_info("features", "float32" if wire is None else "uint8", shape)],
+        [tensor_info("features", "float32" if wire is None else "uint8", on_wire(shape))],
         list(part.graph.output),
         weights,
     )
@@ -145,12 +149,12 @@ def own_head(whole: ModelProto, output: str, cut_tensor: str, wire: Wire | None,
 
 
 def _read_wire(
-    nodes: list[NodeProto], weights: list[TensorProto], wire: Wire | None, values: str
+    nodes: list[NodeProto], weights: list[TensorProto], wire: Wire | None, values: str, shape: Shape
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     if wire is None:
         return [helper.make_node("Identity", ["features"], [values], "read"), *nodes], weights
     names = ["wire/scale", "wire/zero_point"]
-    read = helper.make_node("DequantizeLinear", ["features", *names], [values], "read", axis=wire.axis)
+    read = helper.make_node("DequantizeLinear", ["features", *names], [values], "read", axis=len(shape))
     return [read, *nodes], [*weights, constant(names[0], wire.scale), constant(names[1], wire.zero_point)]
 
 

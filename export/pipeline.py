@@ -22,7 +22,7 @@ from export.graph import write
 from export.quantize import RECIPES, Quantized, quantize
 from export.recipe import Opened, Recipe, choose_cuts, open_model
 from export.report import Report
-from export.slicing import Chain, slice_float, slice_quantized
+from export.slicing import Chain, on_wire, slice_float, slice_quantized
 from export.wires import Wire, channel_ranges
 from runtime.manifest import Bundle, ExitSpec, SegmentSpec, load, save, verify_files
 
@@ -146,7 +146,7 @@ def _heads(
             models.append(exits.own_head(opened.simplified.whole, own, cut.tensor, wire, cut.shape, name))
         else:
             head = exits.fit_head(pooled[place], logits, groups)
-            models.append(exits.head_model(head, wire, cut.shape, name))
+            models.append(exits.head_model(head, wire, on_wire(cut.shape), name))
     return models
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto
 
-from export.graph import extract
-from export.slicing import Chain
+from export.graph import extract, tensor_info
+from export.slicing import Chain, in_graph
 from runtime.datatypes import Tensor
 from runtime.segment_onnx import session_options
 
@@ -47,7 +47,7 @@ def time_cuts(chain: Chain, wanted: Iterable[int], frame: Tensor) -> list[Timed]
     """Time the whole model up to each wanted wire, and take what is left for the rest."""
     timed: list[Timed] = []
     for wire in wanted:
-        output = chain.segments[wire - 1].graph.output[0]
+        output = tensor_info(chain.wires[wire], chain.dtypes[wire], in_graph(chain.shapes[wire]))
         prefix = extract(chain.whole, list(chain.whole.graph.input), [output], "prefix")
         before_ms, whole_ms = run_ms((prefix, frame), (chain.whole, frame))
         timed.append(Timed(before_ms, round(max(0.0, whole_ms - before_ms), 3)))
