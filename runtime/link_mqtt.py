@@ -1,4 +1,4 @@
-"""MQTT by paho: version 5, or 3.1.1 where the broker speaks no 5. One thread owns the socket and never gives up.
+"""MQTT by paho: version 5, or 3.1.1 where the broker speaks no 5. One thread keeps the connection and never gives up.
 
 paho's own loop leaves gaps that this module closes: Nagle stays on, an exception in a callback ends its thread,
 queues are unbounded, reconnects have no jitter, and the broker's packet limit is not looked at.
@@ -6,17 +6,19 @@ queues are unbounded, reconnects have no jitter, and the broker's packet limit i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
+import select
 import socket
+import ssl
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paho.mqtt.client import Client, MQTTMessage, topic_matches_sub
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo, topic_matches_sub
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -51,12 +53,12 @@ class MqttLink:
         self._actions: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name=f"kinflow-link-{client_id}", daemon=True)
         self._closing = threading.Event()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._writing = threading.Lock()  # held by whoever writes to the socket
         self._lock = threading.Lock()  # guards what follows
         self._client: Client | None = None  # set while connected
-        self._unsent: dict[int, int] = {}  # message id → bytes
-        # Message ids that are through. paho reports them with a lock of its own held, which publish() takes as well:
-        # taking ours there would be a deadlock.
-        self._through: deque[int] = deque()
+        self._unsent: list[tuple[MQTTMessageInfo, int]] = []  # with the bytes of each
         self._max_packet_bytes: int | None = None
         self._acknowledged = self._refused = False  # by CONNACK; refused for other reasons than the version
         self._awaited: set[int] = set()
@@ -99,8 +101,9 @@ class MqttLink:
             info = client.publish(topic, payload, qos, retain)
             if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
                 return self._refuse("client")
-            self._unsent[info.mid] = cost
-            return cost
+            self._unsent.append((info, cost))
+        self._send_now(client)
+        return cost
 
     def close(self) -> None:
         """Send what waits, for at most two seconds, and end the thread."""
@@ -111,14 +114,34 @@ class MqttLink:
                     break
             time.sleep(0.01)
         self._closing.set()
+        self._wake()
         if self._thread.is_alive():
             self._thread.join(DRAIN_S + CONNECT_TIMEOUT_S + LOOP_S)
+        self._waker.close()
+        self._woken.close()
+
+    def _send_now(self, client: Client) -> None:
+        """Write what is queued on the publisher's thread: waking the link's thread for it costs more than that."""
+        if threading.current_thread() is self._thread:
+            return  # a handler publishes; the loop writes when the handler returns
+        if self._broker.ca_file is None:
+            self._write(client)
+        if client.want_write():  # the socket is full, or speaks TLS, where only one thread may touch it
+            self._wake()
+
+    def _write(self, client: Client) -> MQTTErrorCode:
+        with self._writing:
+            return client.loop_write() if client.want_write() else MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full, so it is awake; or closed, so it is over
+            self._waker.send(b"x")
 
     def _count_unsent(self) -> int:
         """Bytes that still wait for the socket or for the broker's word. To be called with the lock held."""
-        while self._through:
-            self._unsent.pop(self._through.popleft(), None)
-        return sum(self._unsent.values())
+        # paho's on_publish would tell as well, but makes a publisher wait for whatever handler runs just then.
+        self._unsent = [(info, cost) for info, cost in self._unsent if not info.is_published()]
+        return sum(cost for _, cost in self._unsent)
 
     def _refuse(self, reason: str) -> int:
         self._counters.add("link_refused_total", reason=reason)
@@ -142,7 +165,7 @@ class MqttLink:
             return False
         end = time.monotonic() + CONNECT_TIMEOUT_S
         while not self._closing.is_set():
-            result = client.loop(LOOP_S)
+            result = self._turn(client)
             if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
             if not self._acknowledged and time.monotonic() > end:
@@ -150,13 +173,33 @@ class MqttLink:
                 break
         if self._closing.is_set():
             client.disconnect()
-            client.loop(0.1)
+            self._write(client)
         self._lose(client)
         if not self._acknowledged and self._broker.version == "auto" and not self._refused:
             # A broker without MQTT 5 may just hang up, so the two versions take turns until one is accepted.
             five, three = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
             self._protocol = three if self._protocol == five else five
         return self._acknowledged
+
+    def _turn(self, client: Client) -> MQTTErrorCode:
+        """Wait for the socket or a wake-up, then read, write and keep alive."""
+        sock = client.socket()
+        if sock is None:
+            return MQTTErrorCode.MQTT_ERR_NO_CONN
+        buffered = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
+        try:
+            wanted = [sock] if client.want_write() else []
+            readable, _, _ = select.select([sock, self._woken], wanted, [], 0 if buffered else LOOP_S)
+        except (OSError, ValueError):  # a writer found the connection gone and closed it
+            return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        if self._woken in readable:
+            self._woken.recv(4096)
+        if buffered or sock in readable:
+            result = client.loop_read()
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return result
+        result = self._write(client)
+        return client.loop_misc() if result == MQTTErrorCode.MQTT_ERR_SUCCESS else result
 
     def _lose(self, client: Client) -> None:
         with self._lock:
@@ -188,11 +231,10 @@ class MqttLink:
         if self._will is not None:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.on_socket_open = _without_nagle
-        # With this set, publish() leaves all writing to the thread that runs the loop.
-        client.on_socket_register_write = _leave_to_loop
+        # With this set, paho's publish() only queues, and `_write` is the one place that writes.
+        client.on_socket_register_write = _leave_to_us
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
-        client.on_publish = self._published
         client.on_message = self._received
         return client
 
@@ -234,11 +276,6 @@ class MqttLink:
         for action in self._actions:
             self._guard(action)
 
-    def _published(
-        self, client: Client, userdata: object, mid: int, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        self._through.append(mid)
-
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         topic = message.topic
         for topic_filter, handler in self._subscriptions:
@@ -257,7 +294,7 @@ def _without_nagle(client: Client, userdata: object, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _leave_to_loop(client: Client, userdata: object, sock: object) -> None:
+def _leave_to_us(client: Client, userdata: object, sock: object) -> None:
     pass
 
 

@@ -66,7 +66,7 @@ class CutSpec(_Struct, frozen=True):
 
     after: str  # the last layer before the cut, in words of the source model
     tensor: str  # the tensor's name in the source graph
-    shape: tuple[int, ...]  # without the batch
+    shape: tuple[int, ...]  # as it travels, without the batch: (height, width, channels), (tokens, channels) or (n,)
     dtype: Literal["uint8", "float32"]
     codecs: tuple[CodecSpec, ...] = ()
 

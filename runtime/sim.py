@@ -255,18 +255,19 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
     )
 
 
-def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_json: bool) -> None:
+def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_json: bool) -> Summary:
     """Run a simulation for a person, as a live table on a terminal and as lines elsewhere, or for a program."""
     if as_json:
         summary = run(simulation, bundle, camera, lambda line: click.echo(msgspec.json.encode(line)))
         click.echo(msgspec.json.encode({"summary": summary}))
-        return
+        return summary
     if sys.stdout.isatty():
         with LiveTable(simulation.tiers) as show:
             summary = run(simulation, bundle, camera, show)
     else:
         summary = run(simulation, bundle, camera, lambda line: click.echo(plain(line)))
     click.echo("\n" + text(summary))
+    return summary
 
 
 def plain(line: Line) -> str:

@@ -33,6 +33,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     uplink_bytes_per_frame: float | None  # from the edge node to the cloud
     jpeg_bytes_per_frame: Mapping[str, float]  # quality → the same frames, same packets and topics
 
+    @property
+    def degraded_frames(self) -> int:
+        """Frames that were answered, but not as was aimed for."""
+        return sum(self.degraded.values())
+
 
 def summarize(
     lines: Sequence[Result | Dropped],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -86,6 +87,16 @@ class Mosquitto:
                 time.sleep(0.01)
             else:
                 return
+
+    def pause(self) -> None:
+        """Let the broker stand still: it keeps its connections and reads nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End the broker at once, as a power cut would."""
