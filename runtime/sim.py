@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 import socket
 import subprocess
@@ -185,7 +186,9 @@ def _start_broker(stack: contextlib.ExitStack) -> int:
 
 @contextlib.contextmanager
 def _process(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-m", "runtime.cli", *arguments], stdout=subprocess.PIPE)
+    # That three processes connect as they should is no news; with --verbose they tell everything.
+    loud = "--verbose" if logging.getLogger().isEnabledFor(logging.DEBUG) else "--quiet"
+    process = subprocess.Popen([sys.executable, "-m", "runtime.cli", loud, *arguments], stdout=subprocess.PIPE)
     try:
         yield process
     finally:
@@ -257,6 +260,8 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
 
 def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_json: bool) -> Summary:
     """Run a simulation for a person, as a live table on a terminal and as lines elsewhere, or for a program."""
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger("runtime").setLevel(logging.WARNING)
     if as_json:
         summary = run(simulation, bundle, camera, lambda line: click.echo(msgspec.json.encode(line)))
         click.echo(msgspec.json.encode({"summary": summary}))
