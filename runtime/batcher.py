@@ -54,6 +54,14 @@ class Batcher(Generic[Item]):
             self._bytes -= sum(size_bytes for _, size_bytes, _ in taken)
             return [item for item, _, _ in taken]
 
+    def drain(self) -> list[Item]:
+        """Take everything, waiting for nothing."""
+        with self._changed:
+            rest = [item for item, _, _ in self._queue]
+            self._queue.clear()
+            self._bytes = 0
+            return rest
+
     def __len__(self) -> int:
         with self._changed:
             return len(self._queue)

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
+from runtime import cascade
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, CutSpec, ExitSpec, load, verify_files
@@ -74,6 +75,7 @@ def verify_bundle(path: Path) -> Verified:
     verify_files(bundle)
     golden = _golden(bundle)
     segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
+    cascade.warm_up(cascade.Tier(bundle, segments, heads))
     identical, least = True, 1.0
     for row, frame in enumerate(golden["frames"]):
         tensor: Tensor = frame[np.newaxis]

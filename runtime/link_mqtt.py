@@ -15,7 +15,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo, topic_matches_sub
@@ -25,7 +24,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
-from runtime.errors import ConfigError
+from runtime.credentials import read_password, tls_context
 from runtime.link import Handler
 from runtime.topics import publish_bytes
 
@@ -35,6 +34,10 @@ CONNECT_TIMEOUT_S = 5.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.25, 30.0
 DRAIN_S = 2.0
 LOOP_S = 0.25
+STEADY_S = 10.0  # a connection that has lived so long was a good one
+SHORT_IN_A_ROW = 3
+SAME_ID = "does another client use its id? give each device and node an id of its own"
+TAKEN_OVER = 0x8E  # MQTT 5: another client has connected with this client's id
 
 
 class MqttLink:
@@ -47,14 +50,15 @@ class MqttLink:
         self._client_id = client_id
         self._will = will
         self._counters = counters
-        self._password = _read_secret(broker.password_file)
+        self._password = read_password(broker)
+        self._tls = tls_context(broker)
         self._protocol = MQTTProtocolVersion.MQTTv311 if broker.version == "3.1.1" else MQTTProtocolVersion.MQTTv5
         self._subscriptions: list[tuple[str, Handler]] = []
         self._actions: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name=f"kinflow-link-{client_id}", daemon=True)
         self._closing = threading.Event()
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
+        self._waker: socket.socket | None = None
+        self._woken: socket.socket | None = None
         self._writing = threading.Lock()  # held by whoever writes to the socket
         self._lock = threading.Lock()  # guards what follows
         self._client: Client | None = None  # set while connected
@@ -78,11 +82,13 @@ class MqttLink:
         self._actions.append(action)
 
     def start(self) -> None:
-        """Begin to connect; returns at once."""
+        """Begin to connect; returns at once. A link is started once."""
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
         self._thread.start()
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
-        """Queue a message for the link's thread; 0 when offline, full or over the broker's limit."""
+        """Send a message at once, or as soon as the socket takes it; 0 when offline, full or over the limit."""
         with self._lock:
             client = self._client
             if client is None:
@@ -117,14 +123,15 @@ class MqttLink:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(DRAIN_S + CONNECT_TIMEOUT_S + LOOP_S)
-        self._waker.close()
-        self._woken.close()
+        for end_of_pair in (self._waker, self._woken):
+            if end_of_pair is not None:
+                end_of_pair.close()
 
     def _send_now(self, client: Client) -> None:
         """Write what is queued on the publisher's thread: waking the link's thread for it costs more than that."""
         if threading.current_thread() is self._thread:
             return  # a handler publishes; the loop writes when the handler returns
-        if self._broker.ca_file is None:
+        if self._tls is None:
             self._write(client)
         if client.want_write():  # the socket is full, or speaks TLS, where only one thread may touch it
             self._wake()
@@ -134,8 +141,9 @@ class MqttLink:
             return client.loop_write() if client.want_write() else MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full, so it is awake; or closed, so it is over
-            self._waker.send(b"x")
+        if self._waker is not None:
+            with contextlib.suppress(OSError):  # full, so it is awake; or closed, so it is over
+                self._waker.send(b"x")
 
     def _count_unsent(self) -> int:
         """Bytes that still wait for the socket or for the broker's word. To be called with the lock held."""
@@ -149,9 +157,22 @@ class MqttLink:
 
     def _run(self) -> None:
         backoff_s = BACKOFF_MIN_S
+        short = 0  # connections in a row that were accepted and soon lost
         while not self._closing.is_set():
             client = self._new_client()
-            lived = self._serve(client)
+            start = time.monotonic()
+            accepted = False
+            try:
+                accepted = self._serve(client)
+            except Exception:  # this thread is the only one that can bring the broker back
+                self._counters.add("link_loop_errors_total")
+                log.exception("the link failed; trying again")
+                self._lose(client)
+            # A connection that is accepted and lost again and again must not be begged for without pause.
+            lived = accepted and time.monotonic() - start > STEADY_S
+            short = short + 1 if accepted and not lived else 0
+            if short >= SHORT_IN_A_ROW and not self._closing.is_set():
+                self._report(f"{self._client_id} is dropped soon after it is accepted; {SAME_ID}", "short")
             backoff_s = BACKOFF_MIN_S if lived else min(backoff_s * 2, BACKOFF_MAX_S)
             self._closing.wait(backoff_s * random.uniform(0.5, 1.0))
 
@@ -169,11 +190,13 @@ class MqttLink:
             if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
             if not self._acknowledged and time.monotonic() > end:
-                self._report("the broker took the connection but does not answer CONNECT", "no connack")
                 break
         if self._closing.is_set():
             client.disconnect()
             self._write(client)
+        elif not self._acknowledged and not self._refused:
+            where = f"{self._broker.host}:{self._broker.port}"
+            self._report(f"{where} takes no CONNECT; is it an MQTT broker, and does it want TLS?", "no connack")
         self._lose(client)
         if not self._acknowledged and self._broker.version == "auto" and not self._refused:
             # A broker without MQTT 5 may just hang up, so the two versions take turns until one is accepted.
@@ -184,7 +207,7 @@ class MqttLink:
     def _turn(self, client: Client) -> MQTTErrorCode:
         """Wait for the socket or a wake-up, then read, write and keep alive."""
         sock = client.socket()
-        if sock is None:
+        if sock is None or self._woken is None:
             return MQTTErrorCode.MQTT_ERR_NO_CONN
         buffered = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
         try:
@@ -226,8 +249,8 @@ class MqttLink:
         client.max_queued_messages_set(self._broker.max_unsent_messages)
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
-        if self._broker.ca_file is not None:
-            client.tls_set(self._broker.ca_file, self._broker.cert_file, self._broker.key_file)
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
         if self._will is not None:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.on_socket_open = _without_nagle
@@ -236,6 +259,7 @@ class MqttLink:
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
         client.on_message = self._received
+        client.on_disconnect = self._disconnected
         return client
 
     def _connected(
@@ -258,12 +282,15 @@ class MqttLink:
     def _subscribed(
         self, client: Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
+        self._awaited.discard(mid)
         for reason in reasons:
             if reason.is_failure:
+                self._refused = True
                 self._counters.add("link_subscribe_refused_total")
-                log.error("the broker refuses a subscription of %s: %s; look at its ACL", self._client_id, reason)
-        self._awaited.discard(mid)
-        if not self._awaited:
+                self._report(f"the broker refuses {self._client_id} a subscription: {reason}; look at its ACL", "acl")
+        if self._refused:
+            client.disconnect()
+        elif not self._awaited:
             self._ready(client)
 
     def _ready(self, client: Client) -> None:
@@ -271,13 +298,23 @@ class MqttLink:
             self._client = client
         self._counters.add("link_connects_total")
         version = "5" if self._protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"
-        log.info("connected to %s:%d by MQTT %s", self._broker.host, self._broker.port, version)
+        where = f"{self._broker.host}:{self._broker.port}"
+        log.info("%s is connected to %s by MQTT %s", self._client_id, where, version)
         self._problem = ""
         for action in self._actions:
             self._guard(action)
 
+    def _disconnected(
+        self, client: Client, userdata: object, flags: object, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.value == TAKEN_OVER:
+            self._report(f"{self._client_id} was taken over; {SAME_ID}", "taken over")
+
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
-        topic = message.topic
+        self._guard(lambda: self._hand_out(message))
+
+    def _hand_out(self, message: MQTTMessage) -> None:
+        topic = message.topic  # decodes, so a broker that lets wrong UTF-8 through raises here
         for topic_filter, handler in self._subscriptions:
             if topic_matches_sub(_without_share(topic_filter), topic):
                 self._guard(lambda: handler(topic, bytes(message.payload)))  # noqa: B023 — called at once
@@ -300,12 +337,3 @@ def _leave_to_us(client: Client, userdata: object, sock: object) -> None:
 
 def _without_share(topic_filter: str) -> str:
     return topic_filter.split("/", 2)[2] if topic_filter.startswith("$share/") else topic_filter
-
-
-def _read_secret(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text("utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"password_file {path} cannot be read: {error.strerror}") from error

@@ -50,14 +50,14 @@ class LiveTable:
         table.add_column("answer", min_width=32, max_width=32, no_wrap=True)
         for heading in ("sure", "tier", "exit", "bytes up", "age"):
             table.add_column(heading, justify="left" if heading == "tier" else "right")
-        table.add_column("", no_wrap=True)
+        table.add_column("", no_wrap=True, overflow="ellipsis", max_width=40)
         for line in self._rows:
             if isinstance(line, Dropped):
                 table.add_row(str(line.frame), "-", "-", "-", "-", "-", "-", Text(f"dropped: {line.dropped}", "red"))
                 continue
             table.add_row(
                 str(line.frame),
-                line.label,
+                Text(line.label),
                 f"{line.confidence:.2f}",
                 Text(line.tier, COLOURS.get(line.tier, "")),
                 str(line.exit),

@@ -7,6 +7,7 @@ one id stands for every byte that decides an answer.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -20,6 +21,10 @@ MANIFEST = "manifest.json"
 ID_BYTES = 8  # of the bundle id, in a packet and in a topic
 # Files that may lie beside the contract without being part of it: measurements, which differ from machine to machine.
 NOTES = ("atlas.json", "atlas.html", "profile.json")
+
+
+Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+MAX_ELEMENTS = 1 << 26  # of features at a cut; what a packet can never hold even when compressed well
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,10 +45,10 @@ class PreprocessSpec(_Struct, frozen=True):
     Scaling to the numbers that the network was trained on is part of segment 0, so cut 0 is plain pixels.
     """
 
-    height: int
-    width: int
+    height: Side
+    width: Side
     fit: Literal["crop", "stretch"] = "crop"  # crop: the centre, at the model's aspect ratio
-    crop_ratio: float = 1.0  # share of the largest such crop that is kept
+    crop_ratio: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # share of the largest such crop that is kept
 
 
 class RateSpec(_Struct, frozen=True):
@@ -66,7 +71,7 @@ class CutSpec(_Struct, frozen=True):
 
     after: str  # the last layer before the cut, in words of the source model
     tensor: str  # the tensor's name in the source graph
-    shape: tuple[int, ...]  # as it travels, without the batch: (height, width, channels), (tokens, channels) or (n,)
+    shape: tuple[Side, ...]  # as it travels, without the batch: (height, width, channels), (tokens, channels) or (n,)
     dtype: Literal["uint8", "float32"]
     codecs: tuple[CodecSpec, ...] = ()
 
@@ -76,7 +81,9 @@ class SegmentSpec(_Struct, frozen=True):
 
     file: str
     macs: int  # multiply-accumulates for one frame
-    max_batch_size: int = 1  # the largest batch for which each answer was proved equal to that of a batch of one
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1)] = (
+        1  # the largest batch for which each answer was proved equal to that of a batch of one
+    )
 
 
 class Measured(_Struct, frozen=True):
@@ -124,7 +131,7 @@ class Provenance(_Struct, frozen=True):
 class Manifest(_Struct, frozen=True):
     """The contract that all tiers share."""
 
-    format: int
+    format: Annotated[int, msgspec.Meta(ge=1)]
     name: str
     task: Literal["classify"]
     labels: str  # file with one label a line
@@ -198,7 +205,13 @@ def load(path: Path) -> Bundle:
     for spec in manifest.files:
         _present(path, spec)
     bundle = Bundle(path=path, manifest=manifest, id=hashlib.sha256(data).hexdigest(), labels=())
-    labels = bundle.file(manifest.labels).read_text("utf-8").splitlines()
+    try:
+        labels = bundle.file(manifest.labels).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest.labels} is no UTF-8 text; export the bundle again") from error
+    classes = manifest.cuts[-1].shape[-1]
+    if len(labels) != classes:
+        raise BundleError(f"{manifest.labels} has {len(labels)} labels for {classes} classes; export the bundle again")
     return Bundle(path=path, manifest=manifest, id=bundle.id, labels=tuple(labels))
 
 
@@ -237,6 +250,11 @@ def _check_structure(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST} is damaged: {segments} segments need {segments + 1} cuts, not {len(manifest.cuts)}"
         )
+    pixels = (manifest.preprocess.height, manifest.preprocess.width, 3)
+    if manifest.cuts[0].shape != pixels or manifest.cuts[0].dtype != "uint8":
+        raise BundleError(f"{MANIFEST} is damaged: cut 0 must be the frame, uint8 {pixels}")
+    if any(math.prod(spec.shape) > MAX_ELEMENTS for spec in manifest.cuts):
+        raise BundleError(f"{MANIFEST} is damaged: a cut has more than {MAX_ELEMENTS} elements")
     cuts = [spec.cut for spec in manifest.exits]
     if cuts != sorted(set(cuts)) or not cuts or cuts[-1] != segments or cuts[0] < 1:
         raise BundleError(f"{MANIFEST} is damaged: exits must be in order and end with the model's own, not {cuts}")

@@ -103,6 +103,8 @@ class Node:
         clients: Literal["d", "n"] = "d" if config.serves == "devices" else "n"
         self._link.subscribe(topics.requests(config.site, clients, config.pool), self._received)
         self._link.on_connect(self._announce)
+        self._stopping = False
+        self._up_site = None if config.uplink is None else config.uplink.site or config.site
         self._upper_link = self._link
         self._uplink: Uplink[_Escalated] | None = None
         if config.uplink is not None and last + 1 < segments:
@@ -139,6 +141,8 @@ class Node:
         """Take a request in, on the link's thread: everything that can be refused by its header is refused here."""
         arrived_ns = time.monotonic_ns()
         client = topics.sender(topic)
+        if client is not None and (client.role, client.name, client.site) == ("n", self._config.id, self._up_site):
+            return  # our own request to the tier above, heard on the broker that both sides share
         if client is None:
             self._count_refused("topic", f"{topic[:200]} is no topic of a device or a node")
             return
@@ -159,6 +163,8 @@ class Node:
             )
         elif message.cut > self._tier.last:
             self._refuse(request, "cut", f"this node's segments end at {self._tier.last}, cut {message.cut} is past it")
+        elif self._stopping:
+            self._refuse(request, "stopping", "this node is stopping")
         elif not self._batcher.put(request, len(data)):
             self._refuse(request, "queue", "this node is busy")
 
@@ -184,14 +190,20 @@ class Node:
         if not batch:
             return
         self.counters.add("batches_total", size=len(batch))
+        self._run(ready, batch)
+
+    def _run(self, requests: Sequence[_Request], batch: Sequence[Features]) -> None:
         try:
             outcomes = cascade.run(batch, self._tier, self._policy)
         except BundleError as error:
-            log.error("a batch of %d frames failed: %s", len(batch), error)
-            for request in ready:
-                self._refuse(request, "bundle", str(error))
+            if len(batch) > 1:  # one device's broken features are no reason to refuse the others'
+                for request, features in zip(requests, batch, strict=True):
+                    self._run([request], [features])
+            else:
+                log.error("a frame of %s cannot be run: %s", requests[0].client, error)
+                self._refuse(requests[0], "bundle", str(error))
             return
-        for request, outcome in zip(ready, outcomes, strict=True):
+        for request, outcome in zip(requests, outcomes, strict=True):
             request.timings.update(outcome.timings)
             if outcome.answer is not None:
                 self._answer(request, outcome.answer)
@@ -298,10 +310,13 @@ class Node:
             self._link.publish(self._topics.stats, msgspec.json.encode(self.counters.snapshot()))
 
     def _close(self, links: Sequence[Link]) -> None:
+        self._stopping = True
         end_s = time.monotonic() + DRAIN_S
         while (len(self._batcher) or self._uplink) and time.monotonic() < end_s:
             self._serve(self._batcher.take(0.02))
             self._expire()
+        for request in self._batcher.drain():
+            self._refuse(request, "stopping", "this node is stopping")
         for sent in self._uplink.drain() if self._uplink is not None else []:
             self._answer_myself(sent.context, "stopping")
         self._publish_stats()

@@ -18,7 +18,7 @@ Index = Annotated[int, msgspec.Meta(ge=0)]
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An answer from above."""
 
-    tier: Annotated[str, msgspec.Meta(max_length=64)]
+    tier: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
     exit: Annotated[int, msgspec.Meta(ge=0, le=255)]
     topk: Annotated[tuple[tuple[Index, Score], ...], msgspec.Meta(min_length=1, max_length=16)]
     # stage → ms, each with the name of its tier

@@ -1,20 +1,13 @@
-"""Device, edge and cloud as processes of this machine, with a broker between them: the whole system on a laptop."""
+"""The command `kinflow sim`: the whole system on a laptop, shown as it runs and summed up."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import secrets
-import socket
-import subprocess
+import signal
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -23,195 +16,17 @@ import numpy as np
 from runtime import manifest, packet
 from runtime.camera_replay import ReplayCamera
 from runtime.codec import JpegCodec
-from runtime.config import BrokerConfig, CameraConfig
-from runtime.counters import Counters
-from runtime.datatypes import Dropped, Result
-from runtime.errors import ConfigError, KinflowError, LinkError
-from runtime.link import Handler, open_link
+from runtime.config import CameraConfig
+from runtime.datatypes import Dropped
+from runtime.errors import ConfigError
 from runtime.live import LiveTable
 from runtime.manifest import Bundle
 from runtime.preprocess import prepare
+from runtime.simulation import CAMERA, TIERS, Line, Simulation
 from runtime.summary import Summary, summarize, text
 from runtime.topics import Subtree, publish_bytes
 
-START_S = 30.0
-STOP_S = 10.0
-TIERS = ("device", "edge", "cloud")
 JPEG_QUALITIES = (75, 90)
-CAMERA = "cam0"
-
-Line = Result | Dropped
-
-
-class Simulation:
-    """The processes of one run, started from `start` on, ended when the context ends."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        camera: CameraConfig,
-        *,
-        tiers: Sequence[str] = TIERS,
-        broker: tuple[str, int] | None = None,
-        codec: str = "raw",
-        early_exits: bool = True,
-        budget_ms: int = 2000,
-        max_in_flight: int = 4,
-    ) -> None:
-        if tuple(tiers) not in {TIERS[:1], TIERS[:2], TIERS}:
-            raise ConfigError(f"--tiers {','.join(tiers)}: choose device, device,edge or device,edge,cloud")
-        self._bundle = bundle
-        self._camera = camera
-        self.tiers = tuple(tiers)
-        self._broker = broker
-        self._settings = {"early_exits": early_exits}
-        self._device_settings = {"codec": codec, "budget_ms": budget_ms, "max_in_flight": max_in_flight}
-        self._site = f"sim-{secrets.token_hex(4)}"
-        self._stack = contextlib.ExitStack()
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.counters: dict[str, dict[str, int]] = {}  # tier → its counters at the end
-
-    def __enter__(self) -> Simulation:
-        with contextlib.ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kinflow-sim-")))
-            if self._broker is None:
-                self._broker_config = BrokerConfig(host="127.0.0.1", port=_start_broker(stack), version="3.1.1")
-            else:
-                self._broker_config = BrokerConfig(host=self._broker[0], port=self._broker[1])
-            self._start_nodes(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._stack.close()
-
-    def lines(self) -> Iterator[Line]:
-        """Run the device to the end of its source, and yield what becomes of each frame, as it happens.
-
-        Raises:
-            KinflowError: the device ended with an error, which it has printed.
-        """
-        settings = dict(self._settings, **self._device_settings)
-        last = self._last_segments()["device"]
-        config = self._write("device", {"last_segment": last, **settings}, {f"camera.{CAMERA}": _table(self._camera)})
-        with _process(["device", "--config", str(config), "--json"]) as device:
-            assert device.stdout is not None
-            for line in device.stdout:
-                tree = msgspec.json.decode(line)
-                if tree.get("event") == "stopped":
-                    self.counters["device"] = tree["counters"]
-                else:
-                    kind: type[Line] = Dropped if "dropped" in tree else Result
-                    yield msgspec.convert(tree, kind)
-            if device.wait() != 0:
-                raise _ended("device", device.returncode)
-        for tier, node in self._nodes.items():
-            node.terminate()
-            output, _ = node.communicate(timeout=STOP_S)
-            self.counters[tier] = msgspec.json.decode(output)["counters"] if output else {}
-
-    def _last_segments(self) -> dict[str, int]:
-        """The tiers' shares: those of the bundle, and the last tier takes what is left."""
-        specs = self._bundle.manifest.tiers
-        lasts = {tier: specs[min(index, len(specs) - 1)].last_segment for index, tier in enumerate(self.tiers)}
-        return {**lasts, self.tiers[-1]: len(self._bundle.manifest.segments) - 1}
-
-    def _start_nodes(self, stack: contextlib.ExitStack) -> None:
-        online = {tier: threading.Event() for tier in self.tiers[1:]}
-        watcher = open_link(self._broker_config, client_id=f"{self._site}-watch", counters=Counters())
-        for tier, event in online.items():
-            watcher.subscribe(Subtree(self._site, "n", tier).availability, _sets(event))
-        watcher.start()
-        stack.callback(watcher.close)
-        for index, tier in enumerate(self.tiers[1:], 1):
-            settings = {
-                "tier": tier,
-                "serves": "devices" if index == 1 else "nodes",
-                "last_segment": self._last_segments()[tier],
-                **self._settings,
-            }
-            config = self._write(tier, settings, {"uplink": {}} if tier != self.tiers[-1] else {})
-            self._nodes[tier] = stack.enter_context(_process(["node", "--config", str(config), "--json"]))
-        end = time.monotonic() + START_S
-        for tier, event in online.items():
-            while not event.wait(0.05):
-                if self._nodes[tier].poll() is not None:
-                    raise _ended(tier, self._nodes[tier].returncode)
-                if time.monotonic() > end:
-                    host, port = self._broker_config.host, self._broker_config.port
-                    raise LinkError(f"the {tier} node did not reach the broker at {host}:{port}; is it running?")
-
-    def _write(self, tier: str, settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> Path:
-        path = self._folder / f"{tier}.toml"
-        top = {"bundle": str(self._bundle.path.resolve()), "site": self._site, "id": tier, **settings}
-        path.write_text(_toml({"": top, "broker": _table(self._broker_config), **tables}), "utf-8")
-        return path
-
-
-def _sets(online: threading.Event) -> Handler:
-    def heard(topic: str, payload: bytes) -> None:
-        if payload == b"online":
-            online.set()
-
-    return heard
-
-
-def _table(struct: msgspec.Struct) -> dict[str, Any]:
-    """The fields that a config has to name: those that are set."""
-    return {name: value for name, value in msgspec.structs.asdict(struct).items() if value is not None}
-
-
-def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write tables of plain values as TOML, whose strings, numbers and booleans are those of JSON."""
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]"] if name else []
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _start_broker(stack: contextlib.ExitStack) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    broker = subprocess.Popen([sys.executable, "-m", "runtime.broker", str(port)], stdin=subprocess.PIPE)
-    stack.callback(_end, broker)
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and broker.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return port
-        time.sleep(0.05)
-    raise LinkError("the embedded broker did not start; install Mosquitto and name it with --broker HOST:PORT")
-
-
-@contextlib.contextmanager
-def _process(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    # That three processes connect as they should is no news; with --verbose they tell everything.
-    loud = "--verbose" if logging.getLogger().isEnabledFor(logging.DEBUG) else "--quiet"
-    process = subprocess.Popen([sys.executable, "-m", "runtime.cli", loud, *arguments], stdout=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _ended(tier: str, code: int) -> KinflowError:
-    error = KinflowError(f"the {tier} ended with exit code {code}; its own message is above")
-    error.exit_code = code if code > 0 else KinflowError.exit_code
-    return error
 
 
 def jpeg_bytes(bundle: Bundle, camera: CameraConfig, frames: set[int]) -> dict[str, float]:
@@ -240,7 +55,8 @@ def jpeg_bytes(bundle: Bundle, camera: CameraConfig, frames: set[int]) -> dict[s
 def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Callable[[Line], None]) -> Summary:
     """Run a simulation to its end, show each line, and sum up."""
     lines: list[Line] = []
-    with simulation:
+    # Ctrl-C ends a run as the end of its source does: what came so far is summed up.
+    with simulation, contextlib.suppress(KeyboardInterrupt):
         for line in simulation.lines():
             lines.append(line)
             show(line)
@@ -260,6 +76,7 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
 
 def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_json: bool) -> Summary:
     """Run a simulation for a person, as a live table on a terminal and as lines elsewhere, or for a program."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger("runtime").setLevel(logging.WARNING)
     if as_json:
@@ -301,11 +118,21 @@ def plain(line: Line) -> str:
 @click.option(
     "--fast", is_flag=True, help="Every frame, as fast as it goes; default: the clip's pace, latest frame wins."
 )
-@click.option("--first-frame", default=0, show_default=True, help="Where in the source to start.")
+@click.option(
+    "--first-frame", type=click.IntRange(0), default=0, show_default=True, help="Where in the source to start."
+)
 @click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
 @click.option("--loop", is_flag=True, help="Start again at the end of the source.")
-@click.option("--budget-ms", default=2000, show_default=True, help="A frame is answered within this.")
-@click.option("--max-in-flight", default=4, show_default=True, help="Frames that may wait for an answer from above.")
+@click.option(
+    "--budget-ms", type=click.IntRange(1), default=2000, show_default=True, help="A frame is answered within this."
+)
+@click.option(
+    "--max-in-flight",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Frames that may wait for an answer from above.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per frame, then one with the summary.")
 def sim_command(
     bundle: Path,

@@ -19,10 +19,10 @@ MAX_LINES = 350
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"manifest", "config", "packet", "topics"},
-    {"preprocess", "codec", "policy", "camera", "capture", "segment", "link"},
+    {"preprocess", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
     {"cascade", "batcher", "reply", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
-    {"sim", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
+    {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )
 SEAMS = ("camera", "segment", "link")
 VARIANTS = 3  # the layer of `<seam>_<variant>`

@@ -152,8 +152,8 @@ def test_any_text_is_a_config_or_one_sentence(text: str) -> None:
 def test_all_paths_are_taken_from_the_configs_folder(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text(
-        'bundle = "b"\n[broker]\nhost = "h"\npassword_file = "secret"\nca_file = "/etc/ca.pem"\n'
-        '[uplink.broker]\nhost = "up"\nkey_file = "keys/up.pem"\n'
+        'bundle = "b"\n[broker]\nhost = "h"\nusername = "u"\npassword_file = "secret"\nca_file = "/etc/ca.pem"\n'
+        '[uplink.broker]\nhost = "up"\nca_file = "ca.pem"\nkey_file = "keys/up.pem"\n'
     )
     loaded = load(path, NodeConfig)
     assert loaded.bundle == str(tmp_path / "b")
@@ -169,3 +169,17 @@ def test_all_paths_are_taken_from_the_configs_folder(tmp_path: Path) -> None:
 def test_an_empty_bundle_or_host_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="length >= 1"):
         parse(text, NodeConfig)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ('key_file = "k"', "broker.ca_file: missing"),
+        ('cert_file = "c"', "broker.ca_file: missing"),
+        ('password_file = "p"', "broker.username: missing"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(setting: str, words: str) -> None:
+    """Whoever names a key wants TLS, and must not get a connection in the clear."""
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse(f'bundle = "b"\n[broker]\nhost = "h"\n{setting}', NodeConfig)

@@ -258,3 +258,35 @@ def test_a_damaged_segment_is_refused_at_the_start(tiny_bundle: Path, memory_bro
     (tiny_bundle / "segments/0.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="copy the bundle again"):
         Device(DeviceConfig(bundle=str(tiny_bundle), broker=memory_broker, id="cam"))
+
+
+def test_a_lone_device_has_nobody_to_send_pictures_to(
+    shared_bundle: Path, photos: Path, memory_broker: BrokerConfig
+) -> None:
+    config = DeviceConfig(
+        bundle=str(shared_bundle),
+        broker=memory_broker,
+        id="cam",
+        last_segment=2,
+        codec="jpeg:50",
+        camera=replay(photos, frames=4),
+    )
+    results, _, _ = run(config)
+    assert [(result.tier, result.degraded) for result in results] == [("device", None)] * 4
+
+
+def test_what_a_callers_own_code_raises_ends_the_run_with_it(
+    shared_bundle: Path, photos: Path, memory_broker: BrokerConfig, serving: Serving
+) -> None:
+    """Also on the link's thread, where the link would swallow it."""
+
+    def fail(result: LineOf) -> None:
+        raise ZeroDivisionError
+
+    node = Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box", early_exits=False))
+    config = DeviceConfig(
+        bundle=str(shared_bundle), broker=memory_broker, id="cam", early_exits=False, camera=replay(photos)
+    )
+    device = Device(config, fail)
+    with serving(node), pytest.raises(ZeroDivisionError):
+        device.run(threading.Event())

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
+from runtime.errors import ConfigError
 from runtime.link_mqtt import MqttLink
 
 
@@ -229,3 +233,111 @@ def test_nothing_listens_and_the_link_still_closes_at_once(
     link.close()
     assert time.monotonic() - start < 2
     assert not link.connected
+
+
+class Impostor:
+    """Takes one TCP connection after the other, sends `reply` to whatever comes first, and `then` a little later."""
+
+    def __init__(self, reply: bytes, then: bytes = b"", *, hang_up: bool = False) -> None:
+        self.host = "127.0.0.1"
+        self._server = socket.create_server((self.host, 0))
+        self.port: int = self._server.getsockname()[1]
+        self.taken = 0
+        self._answer = (reply, then, hang_up)
+        self._connections: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        reply, then, hang_up = self._answer
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                self.taken += 1
+                connection.recv(4096)
+                connection.sendall(reply)
+                time.sleep(0.1)
+                connection.sendall(then)
+                if hang_up:
+                    connection.close()
+                else:
+                    self._connections.append(connection)
+
+    def close(self) -> None:
+        for end in (self._server, *self._connections):
+            end.close()
+
+
+@pytest.fixture
+def impostor() -> Iterator[Callable[..., Impostor]]:
+    made: list[Impostor] = []
+
+    def make(*arguments: Any, **options: Any) -> Impostor:
+        made.append(Impostor(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+CONNACK = bytes([0x20, 2, 0, 0])  # MQTT 3.1.1: accepted
+
+
+def test_a_message_on_a_topic_that_is_no_text_does_not_end_the_link(
+    impostor: Callable[..., Impostor], connect: Callable[..., MqttLink]
+) -> None:
+    suback = bytes([0x90, 3, 0, 1, 0])
+    wrong, right = bytes([0x30, 5, 0, 1, 0xFF, 1, 2]), bytes([0x30, 4, 0, 1, ord("a"), 7])
+    counters, inbox = Counters(), Inbox()
+    link = connect(impostor(CONNACK, suback + wrong + right), counters=counters, version="3.1.1")
+    link.subscribe("a", inbox)
+    link.start()
+    assert until(lambda: inbox.messages == [("a", bytes([7]))])
+    assert link.connected
+    assert counters.snapshot()["link_callback_errors_total"] == 1
+
+
+def test_whoever_hangs_up_is_named_and_counted(
+    impostor: Callable[..., Impostor], connect: Callable[..., MqttLink], caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Counters()
+    server = impostor(b"HTTP/1.1 400 Bad Request\r\n\r\n", hang_up=True)
+    link = connect(server, counters=counters)
+    link.start()
+    assert until(lambda: counters.total("link_disconnects_total") >= 2)
+    assert not link.connected
+    assert "is it an MQTT broker, and does it want TLS?" in caplog.text
+
+
+def test_a_refused_subscription_is_no_connection(
+    impostor: Callable[..., Impostor], connect: Callable[..., MqttLink], caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Counters()
+    link = connect(impostor(CONNACK, bytes([0x90, 3, 0, 1, 0x80])), counters=counters, version="3.1.1")
+    link.subscribe("a", Inbox())
+    link.start()
+    assert until(lambda: counters.total("link_subscribe_refused_total"))
+    assert not link.connected
+    assert "look at its ACL" in caplog.text
+
+
+def test_two_clients_with_one_id_are_told_and_do_not_storm_the_broker(
+    mosquitto: Any, connect: Callable[..., MqttLink], caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Counters()
+    twins = [connect(mosquitto, "twin", counters=counters) for _ in range(2)]
+    for twin in twins:
+        twin.start()
+    assert until(lambda: "does another client use its id?" in caplog.text)
+    time.sleep(3)
+    assert counters.snapshot()["link_connects_total"] < 12
+
+
+@pytest.mark.parametrize("wrong", ["no such file", "no certificate"])
+def test_tls_files_that_are_none_are_told_at_the_start(tmp_path: Path, wrong: str) -> None:
+    ca_file = tmp_path / "ca.pem"
+    if wrong == "no certificate":
+        ca_file.write_text("hello")
+    config = BrokerConfig(host="127.0.0.1", ca_file=str(ca_file))
+    with pytest.raises(ConfigError, match=r"TLS cannot be set up with .*ca\.pem"):
+        MqttLink(config, client_id="x", will=None, counters=Counters())

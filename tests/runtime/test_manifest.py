@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,33 @@ def test_a_manifest_that_is_no_text(tiny_bundle: Path) -> None:
 def test_a_temperature_must_be_positive(tiny_bundle: Path) -> None:
     change(tiny_bundle, lambda tree: tree["exits"][0].update(temperature=-1.0))
     assert "manifest.json is damaged" in refusal(tiny_bundle)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda tree: tree["preprocess"].update(height=0),
+        lambda tree: tree["preprocess"].update(height=17),
+        lambda tree: tree["segments"][0].update(max_batch_size=0),
+        lambda tree: tree["cuts"][1].update(shape=[-1, 8, 8]),
+        lambda tree: tree["cuts"][1].update(shape=[60000, 60000, 8]),
+        lambda tree: tree["cuts"][0].update(dtype="float32"),
+        lambda tree: tree.update(format=0),
+    ],
+)
+def test_numbers_that_no_export_writes(tiny_bundle: Path, how: Change) -> None:
+    change(tiny_bundle, how)
+    assert "manifest.json is damaged" in refusal(tiny_bundle)
+
+
+@pytest.mark.parametrize(("labels", "words"), [(b"one\ntwo", "has 2 labels for 5 classes"), (b"\xff" * 5, "no UTF-8")])
+def test_labels_that_do_not_fit(tiny_bundle: Path, labels: bytes, words: str) -> None:
+    (tiny_bundle / "labels.txt").write_bytes(labels)
+    digest = hashlib.sha256(labels).hexdigest()
+
+    def relist(tree: dict[str, Any]) -> None:
+        spec = next(spec for spec in tree["files"] if spec["path"] == "labels.txt")
+        spec.update(size_bytes=len(labels), sha256=digest)
+
+    change(tiny_bundle, relist)
+    assert words in refusal(tiny_bundle)

@@ -294,3 +294,66 @@ def test_a_truncated_segment_is_refused_at_the_start(tiny_bundle: Path, memory_b
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(BundleError, match=r"segments/1\.onnx has \d+ bytes, the manifest says"):
         Node(NodeConfig(bundle=str(tiny_bundle), broker=memory_broker))
+
+
+def test_a_node_that_stops_answers_or_refuses_everything_it_took(
+    memory_broker: BrokerConfig, shared_bundle: Path, client: Client, serving: Serving
+) -> None:
+    node = Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box", max_queue_delay_ms=200))
+    with serving(node):
+        for sequence in range(30):
+            client.send(client.request(sequence))
+    assert len(client.replies) == 30
+
+
+def test_a_node_does_not_hear_its_own_requests(
+    memory_broker: BrokerConfig, shared_bundle: Path, serving: Serving
+) -> None:
+    """A node that serves nodes and has an uplink on the same broker is subscribed to its own topic as well."""
+    config = NodeConfig(
+        bundle=str(shared_bundle),
+        broker=memory_broker,
+        id="middle",
+        serves="nodes",
+        early_exits=False,
+        uplink=UplinkConfig(),
+    )
+    middle = Node(config)
+    top = Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="top", serves="nodes", last_segment=2))
+    asker = Client(memory_broker, manifest.load(shared_bundle))
+    with ExitStack() as stack:
+        stack.enter_context(serving(top))
+        stack.enter_context(serving(middle))
+        data = packet.pack(asker.request(1))
+        asker.link.publish(f"kinflow/v1/home/n/below/req/{middle.bundle.key8}/1", data)
+        time.sleep(0.5)
+    asker.link.close()
+    assert middle.counters.total("packets_refused_total") == 0
+
+
+def test_one_devices_broken_features_do_not_refuse_the_others(
+    tmp_path: Path, make_bundle: Callable[..., Path], memory_broker: BrokerConfig, serving: Serving
+) -> None:
+    path = make_bundle(tmp_path / "tiny")
+    client = Client(memory_broker, manifest.load(path))
+    config = NodeConfig(bundle=str(path), broker=memory_broker, id="box", max_batch_size=4, max_queue_delay_ms=300)
+    node = Node(config)
+    run = node._tier.segments[1].run
+
+    class Fussy:
+        """A real segment that a certain frame breaks, as NaN in float features does."""
+
+        def run(self, batch: np.ndarray) -> np.ndarray:
+            if (batch[:, 0, 0, 0] == 255).any():
+                raise BundleError("broken by 255")
+            return run(batch)
+
+    node._tier.segments[1] = Fussy()  # type: ignore[index]
+    bad = np.full((1, 4, 8, 8), 255, np.uint8)
+    with serving(node):
+        client.send(client.request(0, payload=RawCodec(client._bundle.manifest.cuts[1]).encode(bad)))
+        for sequence in (1, 2, 3):
+            client.send(client.request(sequence))
+        kinds = [client.await_reply(sequence).kind for sequence in range(4)]
+    client.link.close()
+    assert kinds == [Kind.REFUSAL, Kind.RESULT, Kind.RESULT, Kind.RESULT]

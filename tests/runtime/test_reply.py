@@ -15,7 +15,7 @@ from runtime.reply import Reply
 scores = st.tuples(st.integers(0, 999), st.floats(0, 1))
 replies = st.builds(
     Reply,
-    tier=st.text(max_size=64),
+    tier=st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     exit=st.integers(0, 255),
     topk=st.lists(scores, min_size=1, max_size=16).map(tuple),
     timings=st.dictionaries(st.text(max_size=20), st.floats(0, 1e6), max_size=5),
@@ -50,6 +50,7 @@ def test_the_first_of_topk_is_the_answer() -> None:
     [
         {"tier": None},
         {"tier": "x" * 65},
+        {"tier": 'a"b'},
         {"exit": -1},
         {"exit": 1.5},
         {"topk": []},

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from runtime import manifest
 from runtime.config import CameraConfig
 from runtime.datatypes import Dropped, ExitOutput, Result
-from runtime.sim import Simulation, run
+from runtime.sim import run
+from runtime.simulation import Simulation
 
 FIELDS = {"frame", "label", "confidence", "tier", "exit", "codec", "bytes_up", "age_ms", "timings", "degraded"}
 
@@ -152,3 +154,32 @@ def test_help_is_quick_and_names_every_command() -> None:
     done = kinflow("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("export", "bundle", "device", "node", "sim", "demo"))
+
+
+def test_a_reader_that_has_enough_ends_the_run(shared_bundle: Path, photos: Path) -> None:
+    command = [sys.executable, "-m", "runtime.cli", "sim", str(shared_bundle), "--source", str(photos)]
+    options = ["--loop", "--fast", "--json", "--tiers", "device"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        assert json.loads(done.stdout.readline())["label"]
+        done.stdout.close()
+        assert done.wait(20) == 0
+        assert "Traceback" not in done.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_a_sim(shared_bundle: Path, photos: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "runtime.cli", "sim", str(shared_bundle), "--source", str(photos), "--loop"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stdout.readline()
+        children = psutil.Process(done.pid).children()
+        assert len(children) == 4
+        done.send_signal(number)
+        rest = done.stdout.read()
+        code = done.wait(20)
+    if number != signal.SIGKILL:
+        assert code == 0
+        assert "frames, " in rest, "what came so far is summed up"
+    assert not psutil.wait_procs(children, 15)[1]
