@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from export.recipe import DEFAULT_TIERS, Recipe, choose_cuts, open_model, time_c
 from export.report import Report
 from export.source import Channels, InputOptions
 from export.timing import Timed
+from runtime.errors import CameraError
 from runtime.manifest import Bundle
 
 TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.items())
@@ -131,6 +133,10 @@ def export_command(
         raise click.UsageError("Missing option '--frames': a folder of images or a clip from your camera.")
     if out is None:
         raise click.UsageError("Missing option '--out': the bundle's directory, to be made.")
+    for path in frames:
+        if not path.exists():
+            raise CameraError(f"--frames {path} does not exist; give a folder of images or a clip")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half-written stays
     exported = export(recipe, out, report, force=force)
     (_print_json if as_json else _print_summary)(exported)
 

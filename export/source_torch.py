@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +32,11 @@ def open_torch(model: str, options: InputOptions) -> Source:
     """Run the user's factory and trace what it returns."""
     file, _, name = model.rpartition(":")
     path = Path(file)
-    module = _factory(path, name)()
+    factory = _factory(path, name)
+    try:
+        module = factory()
+    except Exception as error:
+        raise BundleError(f"{model} failed: {_told(error, path)}") from error
     if not isinstance(module, torch.nn.Module):
         raise BundleError(f"{model} returned a {type(module).__name__}; it must return a torch.nn.Module")
     size = options.size or _pair(getattr(module, "input_size", DEFAULT_SIZE))
@@ -54,10 +60,9 @@ def to_onnx(module: torch.nn.Module, size: tuple[int, int]) -> ModelProto:
     try:
         with torch.inference_mode():
             outputs = module(example)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
         raise BundleError(
-            f"the module does not take float input of shape (1, 3, {size[0]}, {size[1]}): {reason}"
+            f"the module does not take float input of shape (1, 3, {size[0]}, {size[1]}): {_told(error, None)}"
         ) from error
     count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
     buffer = io.BytesIO()
@@ -80,14 +85,22 @@ def _factory(path: Path, name: str) -> Callable[[], Any]:
     if not path.is_file() or spec is None or spec.loader is None:
         raise BundleError(f"{path} does not exist; give the file as path/to/file.py:factory")
     namespace = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # the file's neighbours, as when it is run by itself
     try:
         spec.loader.exec_module(namespace)
     except Exception as error:
-        raise BundleError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise BundleError(f"{path} cannot be imported: {_told(error, path)}") from error
     factory = getattr(namespace, name, None)
     if not callable(factory):
         raise BundleError(f"{path} has no function {name!r}; give the name of one that returns the module")
     return factory  # type: ignore[no-any-return]
+
+
+def _told(error: Exception, path: Path | None) -> str:
+    """The user's own error in one line, with the deepest line of their file that it passed."""
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    passed = [frame for frame in traceback.extract_tb(error.__traceback__) if path and Path(frame.filename) == path]
+    return f"{reason} ({path.name}, line {passed[-1].lineno})" if path and passed else reason
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -54,7 +54,7 @@ class Result:
     topk: tuple[tuple[str, float], ...]
     tier: str  # the tier that answered: its name in the bundle, e.g. "device"
     exit: int
-    agreement: float | None  # the agreement that this exit was fitted to keep; 1.0 for the model's own
+    agreement: float | None  # what this exit was fitted to keep; of the model's own, what was measured
     codec: str | None  # the codec the device sent with; None when nothing was sent
     cut: int | None  # the cut the device sent at
     bytes_up: int  # every byte of MQTT that this frame cost on its way up from the device

@@ -2,7 +2,7 @@
 
 | error         | raised by                       | caught by                          | retry? | exit code          |
 |---------------|---------------------------------|------------------------------------|--------|--------------------|
-| `ConfigError` | `config`                        | `cli`                              | no     | 78 (configuration) |
+| `ConfigError` | `config`, `credentials`, cameras | `cli`                              | no     | 78 (configuration) |
 | `BundleError` | `manifest`, `segment`, `export` | `cli`                              | no     | 65 (bad data)      |
 | `PacketError` | `packet`, `codec`               | `node`, `device`: counted, dropped | no     | 65 (bad data)      |
 | `CameraError` | `camera_*`                      | `device`: reopens with back-off    | yes    | 66 (no input)      |

@@ -59,7 +59,7 @@ class Subtree:
         return f"{self}/cam/{camera}/result"
 
     def camera_status(self, camera: str) -> str:
-        """Retained: `online`, `stalled` or `offline`."""
+        """Retained: `starting`, `online`, `stalled` or `offline`."""
         return f"{self}/cam/{camera}/status"
 
 

@@ -43,6 +43,9 @@ def with_exits(): return Net(exits=True)
 def softmax(): return nn.Sequential(Net(exits=False), nn.Softmax(1))
 def broken(): return nn.Linear(7, 7)
 def no_module(): return 7
+
+
+def raises(): return 1 // 0
 """
 
 
