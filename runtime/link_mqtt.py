@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S = 5.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.25, 30.0
 DRAIN_S = 2.0
 LOOP_S = 0.25
-STEADY_S = 10.0  # a connection that has lived so long was a good one
+STEADY_S = 1.0  # a connection that has lived so long was a good one
 SHORT_IN_A_ROW = 3
 SAME_ID = "does another client use its id? give each device and node an id of its own"
 TAKEN_OVER = 0x8E  # MQTT 5: another client has connected with this client's id
@@ -168,12 +168,11 @@ class MqttLink:
                 self._counters.add("link_loop_errors_total")
                 log.exception("the link failed; trying again")
                 self._lose(client)
-            # A connection that is accepted and lost again and again must not be begged for without pause.
-            lived = accepted and time.monotonic() - start > STEADY_S
-            short = short + 1 if accepted and not lived else 0
+            short = short + 1 if accepted and time.monotonic() - start < STEADY_S else 0
             if short >= SHORT_IN_A_ROW and not self._closing.is_set():
                 self._report(f"{self._client_id} is dropped soon after it is accepted; {SAME_ID}", "short")
-            backoff_s = BACKOFF_MIN_S if lived else min(backoff_s * 2, BACKOFF_MAX_S)
+            # Being accepted and dropped again and again is no reason to ask without pause.
+            backoff_s = BACKOFF_MIN_S if accepted and short < SHORT_IN_A_ROW else min(backoff_s * 2, BACKOFF_MAX_S)
             self._closing.wait(backoff_s * random.uniform(0.5, 1.0))
 
     def _serve(self, client: Client) -> bool:
