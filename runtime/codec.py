@@ -6,11 +6,12 @@ another system. A codec object keeps its contexts between frames and belongs to 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import cv2
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from runtime.datatypes import Tensor
 from runtime.errors import ConfigError, PacketError
@@ -33,6 +34,29 @@ class Codec(Protocol):
 
         Raises:
             PacketError: the payload is not what `encode` writes at this cut.
+        """
+        ...
+
+
+Levels: TypeAlias = NDArray[np.int16]  # (n,), quantized coefficients: what both sides hold of a frame, exactly
+
+
+@runtime_checkable
+class ReferenceCodec(Codec, Protocol):
+    """A codec that can also code features against an earlier frame's levels, when both sides hold them.
+
+    Levels compare only within one bundle, cut, codec and rate.
+    """
+
+    def encode_against(self, tensor: Tensor, reference: Levels | None) -> tuple[bytes, Levels]:
+        """Return the features (1, …) as bytes, and the levels that a decoder will hold after reading them."""
+        ...
+
+    def decode_against(self, payload: bytes, reference: Levels | None) -> tuple[Tensor, Levels]:
+        """Return the features (1, …) and the levels that `payload` holds.
+
+        Raises:
+            PacketError: the payload is not what `encode_against` writes at this cut against this reference.
         """
         ...
 
