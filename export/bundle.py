@@ -18,6 +18,7 @@ from runtime.errors import BundleError
 from runtime.manifest import MANIFEST, NOTES, FileSpec
 
 LABELS = "labels.txt"
+CALIBRATION = "calibration.txt"
 GOLDEN = "golden/golden.npz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip file can hold
 

@@ -27,6 +27,7 @@ from runtime.preprocess import prepare
 Role = Literal["fit", "threshold", "judge"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SHARES = (0.6, 0.2)  # fit, threshold; the rest judges
+CALIBRATING: tuple[Role, ...] = ("fit", "threshold")
 LEAST = 20
 FOLDS = 5  # blocks of a clip's fit frames that are held out in turn
 COPIES = 4  # of each fit frame, itself included
@@ -53,6 +54,15 @@ class FrameSet:
     def of(self, role: Role) -> list[Tensor]:
         """The frames of one role, each uint8 (1, height, width, 3)."""
         return [self.pixels[position : position + 1] for position in self.roles[role]]
+
+    def calibration(self) -> str:
+        """The fingerprint of every frame that had a say in the bundle, one a line, sorted; judge frames had none."""
+        return "".join(sorted({fingerprint(frame) + "\n" for role in CALIBRATING for frame in self.of(role)}))
+
+
+def fingerprint(frame: Tensor) -> str:
+    """16 hexadecimal digits that stand for a frame's pixels as the model sees them, uint8 (1, height, width, 3)."""
+    return hashlib.sha256(np.ascontiguousarray(frame).data).hexdigest()[:16]
 
 
 def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames: int, seed: int) -> FrameSet:

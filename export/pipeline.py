@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from export import exits, prove, timing
 from export.agreement import clopper_pearson
-from export.bundle import GOLDEN, LABELS, check_out, list_files, staging, write_arrays
+from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
 from export.frames import COPIES, FrameSet, copies, load_frames
@@ -95,6 +95,7 @@ def _assemble(
     """Write everything but the manifest into `scratch`, prove it, and return what the manifest is to say."""
     labels = labels_of(opened)
     (scratch / LABELS).write_text("\n".join(labels) + "\n", "utf-8")
+    (scratch / CALIBRATION).write_text(frames.calibration(), "ascii")
     for index, segment in enumerate(chain.segments):
         write(segment, scratch / segment_file(index))
     exact = quantized is not None

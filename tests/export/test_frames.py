@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.frames import COPIES, ROLES, FrameSource, copies, load_frames
+from export.frames import COPIES, ROLES, FrameSource, copies, fingerprint, load_frames
 from runtime.errors import BundleError
 from runtime.manifest import PreprocessSpec
 
@@ -37,6 +37,14 @@ def test_photos_are_parted_by_the_seed(photos: Path) -> None:
     assert all(np.array_equal(one.roles[role], again.roles[role]) for role in ROLES)
     assert not np.array_equal(one.roles["fit"], other.roles["fit"])
     assert one.sha256 == again.sha256
+
+
+def test_the_calibration_list_names_the_frames_that_decide_and_no_judge(photos: Path) -> None:
+    frames = load_frames([FrameSource(photos)], SPEC, 100, seed=0)
+    listed = set(frames.calibration().split())
+    assert {fingerprint(frame) for frame in (*frames.of("fit"), *frames.of("threshold"))} == listed
+    assert not listed & {fingerprint(frame) for frame in frames.of("judge")}
+    assert len(listed) == 48
 
 
 def test_a_limit_spreads_over_the_whole_source(clip: Path) -> None:
