@@ -14,7 +14,7 @@ import onnxruntime as ort
 from runtime import cascade
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
-from runtime.manifest import Bundle, CutSpec, ExitSpec, load, verify_files
+from runtime.manifest import Bundle, CutSpec, ExitSpec, OperatingPoint, load, verify_files
 from runtime.segment import load_segments
 
 COSINE = 0.999  # of the logits, where another processor does not give the very same numbers
@@ -125,7 +125,10 @@ def describe(bundle: Bundle) -> str:
         "",
         _table(("cut", "after", "shape", "dtype", "bytes p50 by codec"), _cut_rows(manifest.cuts)),
         "",
-        _table(("exit", "threshold", "target", "answers", "agreement [95 %]"), _exit_rows(manifest.exits)),
+        _table(
+            ("exit", "head", "MACs", "target", "threshold", "answers", "agreement [95 %]"), _exit_rows(manifest.exits)
+        ),
+        *(f"exit {spec.cut} never answers: {spec.note}" for spec in manifest.exits if spec.note is not None),
         "",
         "proof: " + ", ".join(f"{key} {value:g}" for key, value in manifest.proof.items()),
     ]
@@ -146,16 +149,25 @@ def _cut_rows(cuts: Sequence[CutSpec]) -> list[tuple[str, ...]]:
 
 
 def _exit_rows(exits: Sequence[ExitSpec]) -> list[tuple[str, ...]]:
+    """A row for every agreement that an exit has a threshold for; the bundle's own has a star."""
     rows: list[tuple[str, ...]] = []
     for spec in exits:
-        measured = spec.measured
-        answers = agreement = ""
-        if measured is not None:
-            answers = f"{measured.coverage:.0%} of {measured.n}"
-            if measured.agreement is not None:
-                agreement = f"{measured.agreement:.3f} [{measured.agreement_low:.3f}, {measured.agreement_high:.3f}]"
-        threshold = "none: never" if spec.threshold is None else f"{spec.threshold:.3f}"
-        rows.append((str(spec.cut), threshold, f"{spec.agreement:g}", answers, agreement))
+        own = OperatingPoint(agreement=spec.agreement, threshold=spec.threshold, measured=spec.measured)
+        for place, point in enumerate(spec.points or (own,)):
+            measured = point.measured
+            answers = agreement = ""
+            if measured is not None:
+                answers = f"{measured.coverage:.0%} of {measured.n}"
+                if measured.agreement is not None:
+                    agreement = (
+                        f"{measured.agreement:.3f} [{measured.agreement_low:.3f}, {measured.agreement_high:.3f}]"
+                    )
+            head = (str(spec.cut), "the model's own" if spec.file is None else spec.kind, f"{spec.macs:,}")
+            star = " *" if spec.points and point.agreement == spec.agreement else ""
+            threshold = "none: never" if point.threshold is None else f"{point.threshold:.3f}"
+            rows.append(
+                (*(head if place == 0 else ("", "", "")), f"{point.agreement:g}{star}", threshold, answers, agreement)
+            )
     return rows
 
 

@@ -15,7 +15,7 @@ from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, ExitSpec
 from runtime.policy import ExitPolicy, classify
-from runtime.segment import Segment
+from runtime.segment import Head, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Tier:
 
     bundle: Bundle
     segments: Mapping[int, Segment]  # by segment index; contiguous
-    heads: Mapping[int, Segment]  # by the cut they hang at
+    heads: Mapping[int, Head]  # by the cut they hang at
 
     @property
     def first(self) -> int:
@@ -44,6 +44,7 @@ class Outcome:
     features: Features | None  # unfinished: the features behind the tier's last segment; None when answered
     answer: ExitOutput | None  # what may stand as the answer
     best: ExitOutput | None  # the word of the deepest exit that was asked, confident or not
+    withheld: tuple[int, ...] = ()  # exits that were sure, but whose guard did not know such a frame
     unasked: Features | None = None  # at a deeper exit that may not answer, so that it was not asked; see `last_word`
     timings: dict[str, float] = field(default_factory=dict)  # stage → ms; a batch's time counts for each of its frames
 
@@ -78,6 +79,8 @@ def run(batch: Sequence[Features], tier: Tier, policy: ExitPolicy) -> list[Outco
             outcomes[row].best, outcomes[row].unasked = said, None
             if policy.answers(said):
                 outcomes[row].answer, outcomes[row].features = said, None
+            elif policy.withholds(said):
+                outcomes[row].withheld += (said.exit,)
         _charge(outcomes, rows, f"exit{spec.cut}", start)
     return outcomes
 
@@ -113,13 +116,23 @@ def warm_up(tier: Tier) -> None:
                 f"segment {index} gives {tensor.shape[1:]} {tensor.dtype}, the manifest says {spec.shape}"
             )
         if index + 1 in tier.heads:
-            tier.heads[index + 1].run(tensor)
+            _warm_up_head(tier, index + 1, tensor)
+
+
+def _warm_up_head(tier: Tier, cut: int, tensor: Tensor) -> None:
+    _, distance = tier.heads[cut].ask(tensor)
+    spec = tier.bundle.exit_at(cut)
+    if spec is not None and spec.distance_limit is not None and (distance is None or distance.shape != (1,)):
+        raise BundleError(f"{spec.file} gives no distance, though the manifest has a limit for it; export again")
 
 
 def _ask(batch: Tensor, spec: ExitSpec, tier: Tier) -> list[ExitOutput]:
     """The exit's word on each of (batch, …). The last exit has no head: the last segment's output is its logits."""
     head = tier.heads.get(spec.cut)
-    return [classify(logits, spec) for logits in (batch if head is None else head.run(batch))]
+    logits, distances = (batch, None) if head is None else head.ask(batch)
+    if distances is None:
+        return [classify(row, spec) for row in logits]
+    return [classify(row, spec, float(distance)) for row, distance in zip(logits, distances, strict=True)]
 
 
 def _at(outcome: Outcome, cut: int) -> bool:

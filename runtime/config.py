@@ -26,6 +26,7 @@ Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 NotEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Agreement = Annotated[float, msgspec.Meta(gt=0, le=1)]
 TierName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -78,6 +79,7 @@ class DeviceConfig(_Struct, frozen=True):
     camera: dict[str, CameraConfig] = msgspec.field(default_factory=lambda: {"cam0": CameraConfig()})
     last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # deepest local segment; default: the bundle's
     early_exits: bool = True
+    agreement: Agreement | None = None  # a row of the bundle's table of thresholds; default: what it was exported with
     codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself
     budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
     max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
@@ -107,6 +109,7 @@ class NodeConfig(_Struct, frozen=True):
     uplink: UplinkConfig | None = None
     last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # default: the bundle's for this tier
     early_exits: bool = True
+    agreement: Agreement | None = None  # as of a device; the same on every tier, or the promise is of neither
     max_batch_size: Positive = 8
     max_queue_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0  # how long a frame may wait for company
     max_queue_frames: Positive = 256

@@ -40,6 +40,7 @@ class ExitOutput:
     label_index: int
     confidence: float  # 0..1, the greatest score
     topk: tuple[tuple[int, float], ...]  # (label index, score), best first
+    distance: float | None = None  # of the frame's features to those the head was fitted on; None: no guard here
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
 from runtime.errors import ConfigError
 from runtime.link import open_link
-from runtime.manifest import ExitSpec
 from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
 from runtime.reply import Reply
@@ -76,7 +75,7 @@ class Device:
         self._tier_name = bundle.manifest.tiers[0].name
         self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
         cascade.warm_up(self._tier)
-        self._policy = ExitPolicy.of(bundle, early=config.early_exits)
+        self._policy = ExitPolicy.of(bundle, early=config.early_exits, agreement=config.agreement)
         self._wake = threading.Event()
         self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
         self._cameras = {name: index for index, name in enumerate(config.camera)}
@@ -164,6 +163,8 @@ class Device:
             return True
         outcome = cascade.run([features], self._tier, self._policy)[0]
         timings.update(outcome.timings)
+        for cut in outcome.withheld:
+            self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
         rest = outcome.features or features
         taken = _Frame(frame.camera, frame.index, frame.captured_ns, rest, outcome, timings)
         if outcome.answer is None:
@@ -218,7 +219,6 @@ class Device:
         degraded: str | None = None,
     ) -> None:
         labels = self.bundle.labels
-        spec = self.bundle.exit_at(said.exit)
         timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
         result = Result(
             camera=frame.camera,
@@ -229,7 +229,7 @@ class Device:
             topk=tuple((labels[index], score) for index, score in said.topk),
             tier=tier or self._tier_name,
             exit=said.exit,
-            agreement=None if degraded is not None or spec is None else _agreement(spec),
+            agreement=None if degraded is not None else self._agreement(said.exit),
             codec=None if sent is None or self._uplink is None else self._uplink.codec,
             cut=None if sent is None or self._uplink is None else self._uplink.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
@@ -245,6 +245,13 @@ class Device:
         self._tell(result)
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
             self.counters.add("results_unpublished_total", camera=result.camera)
+
+    def _agreement(self, cut: int) -> float | None:
+        """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
+        spec = self.bundle.exit_at(cut)
+        if spec is None or spec.file is not None:
+            return self._policy.agreements.get(cut)
+        return spec.agreement if spec.measured is None else spec.measured.agreement
 
     def _tell(self, result: Result | Dropped) -> None:
         if self._on_result is None or self._fault is not None:
@@ -305,10 +312,3 @@ class Device:
         if self._link.connected:
             self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
         self._link.close()
-
-
-def _agreement(spec: ExitSpec) -> float | None:
-    """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
-    if spec.file is not None:
-        return spec.agreement
-    return spec.agreement if spec.measured is None else spec.measured.agreement

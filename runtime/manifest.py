@@ -87,14 +87,29 @@ class SegmentSpec(_Struct, frozen=True):
 
 
 class Measured(_Struct, frozen=True):
-    """What an exit did on the frames it was judged on, none of which had a part in fitting it."""
+    """What an exit did on the frames it was judged on, none of which had a part in fitting it.
 
-    coverage: float  # share of frames it answers
+    Judged as the cascade runs: an exit answers only frames that the exits before it have left.
+    """
+
+    coverage: float  # share of all judged frames that it answers
     agreement: float | None  # among the answered; None when there were none
     agreement_low: float | None  # 95 % Clopper-Pearson interval
     agreement_high: float | None
     answered: int
-    n: int
+    n: int  # judged frames
+    withheld: int = 0  # frames it was sure of, but that lay beyond its distance limit
+    accuracy: float | None = None  # among the answered, where labels were given
+    accuracy_low: float | None = None  # 95 % Clopper-Pearson interval
+    accuracy_high: float | None = None
+
+
+class OperatingPoint(_Struct, frozen=True):
+    """One row of an exit's table: the threshold that keeps one agreement, with the same row in force at every exit."""
+
+    agreement: float
+    threshold: float | None  # None: it never answers at this agreement
+    measured: Measured | None = None
 
 
 class ExitSpec(_Struct, frozen=True):
@@ -106,6 +121,11 @@ class ExitSpec(_Struct, frozen=True):
     threshold: float | None  # least confidence at which it answers; None: never before the uplink is lost
     agreement: float  # the target the threshold was chosen for; 1.0 for the last exit
     measured: Measured | None = None
+    points: tuple[OperatingPoint, ...] = ()  # by rising agreement, the bundle's own included; empty in format 1
+    distance_limit: float | None = None  # a frame farther from the fit frames is never answered; None: no guard
+    kind: str = "linear"  # what the head is made of, in words
+    macs: int = 0  # of the head for one frame
+    note: str | None = None  # why it never answers, where it does not
 
 
 class TierSpec(_Struct, frozen=True):
@@ -258,6 +278,8 @@ def _check_structure(manifest: Manifest) -> None:
     cuts = [spec.cut for spec in manifest.exits]
     if cuts != sorted(set(cuts)) or not cuts or cuts[-1] != segments or cuts[0] < 1:
         raise BundleError(f"{MANIFEST} is damaged: exits must be in order and end with the model's own, not {cuts}")
+    if any(_unlike_table(spec, manifest.exits[0]) for spec in manifest.exits[:-1]):
+        raise BundleError(f"{MANIFEST} is damaged: the exits' tables of agreements differ or lack the exit's own")
     if any((spec.file is None) != (spec.cut == segments) for spec in manifest.exits):
         raise BundleError(f"{MANIFEST} is damaged: every exit but the last needs a file")
     lasts = [spec.last_segment for spec in manifest.tiers]
@@ -268,6 +290,13 @@ def _check_structure(manifest: Manifest) -> None:
     for name in [*used, *(spec.file for spec in manifest.exits if spec.file is not None)]:
         if name not in listed:
             raise BundleError(f"{MANIFEST} is damaged: {name} is used but not in the list of files")
+
+
+def _unlike_table(spec: ExitSpec, first: ExitSpec) -> bool:
+    table = {point.agreement: point.threshold for point in spec.points}
+    if list(table) != [point.agreement for point in first.points]:
+        return True
+    return bool(table) and table.get(spec.agreement, math.nan) != spec.threshold
 
 
 def _contained(root: Path, relative: str) -> Path:

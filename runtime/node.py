@@ -84,7 +84,7 @@ class Node:
         self.tier_name = config.tier or ("cloud" if config.uplink is None else "edge")
         self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
         cascade.warm_up(self._tier)
-        self._policy = ExitPolicy.of(bundle, early=config.early_exits)
+        self._policy = ExitPolicy.of(bundle, early=config.early_exits, agreement=config.agreement)
         self._codecs = Codecs(bundle)
         batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
         self._batcher: Batcher[_Request] = Batcher(
@@ -205,6 +205,8 @@ class Node:
             return
         for request, outcome in zip(requests, outcomes, strict=True):
             request.timings.update(outcome.timings)
+            for cut in outcome.withheld:
+                self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
             if outcome.answer is not None:
                 self._answer(request, outcome.answer)
             elif outcome.features is not None:

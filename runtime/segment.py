@@ -1,6 +1,6 @@
 """The segment seam: anything that turns the tensor at one cut into the tensor at the next.
 
-Exit heads are run through the same seam: their output is the logits.
+Exit heads are run through the same seam: their first output is the logits, the second, if any, their guard's distance.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
 
 RUNNERS = {"onnx": "runtime.segment_onnx:OnnxSegment"}
+HEADS = {"onnx": "runtime.segment_onnx:OnnxHead"}
 
 
 class Segment(Protocol):
@@ -20,6 +21,22 @@ class Segment(Protocol):
 
     def run(self, batch: Tensor) -> Tensor:
         """Map (batch, …) at one cut to (batch, …) at the next."""
+        ...
+
+
+class Head(Segment, Protocol):
+    """An exit head: `run` gives its logits alone."""
+
+    def ask(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (batch, classes), and the distance (batch,) to what the head was fitted on, if it has a guard."""
+        ...
+
+
+class HeadRunner(Protocol):
+    """Loads exit heads of one kind."""
+
+    def __call__(self, bundle: Bundle, file: str, *, threads: int) -> Head:
+        """Load one head; as `SegmentRunner`."""
         ...
 
 
@@ -37,7 +54,7 @@ class SegmentRunner(Protocol):
 
 def load_segments(
     bundle: Bundle, first: int, last: int, *, threads: int = 1, runner: str = "onnx"
-) -> tuple[Mapping[int, Segment], Mapping[int, Segment]]:
+) -> tuple[Mapping[int, Segment], Mapping[int, Head]]:
     """Load segments `first` … `last` and the exit heads behind them.
 
     Returns:
@@ -51,8 +68,10 @@ def load_segments(
     segments = {
         index: load(bundle, bundle.manifest.segments[index].file, threads=threads) for index in range(first, last + 1)
     }
+    module, name = HEADS[runner].split(":")
+    load_head: HeadRunner = getattr(import_module(module), name)
     heads = {
-        spec.cut: load(bundle, spec.file, threads=threads)
+        spec.cut: load_head(bundle, spec.file, threads=threads)
         for spec in bundle.manifest.exits
         if spec.file is not None and first < spec.cut <= last + 1
     }

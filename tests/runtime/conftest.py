@@ -48,12 +48,13 @@ def _graph(
     constants: dict[str, np.ndarray],
     source: tuple[int, Sequence[int]],
     sink: tuple[int, Sequence[int]],
+    *more: onnx.ValueInfoProto,
 ) -> bytes:
     graph = helper.make_graph(
         list(nodes),
         "segment",
         [helper.make_tensor_value_info("in", source[0], ["N", *source[1]])],
-        [helper.make_tensor_value_info("out", sink[0], ["N", *sink[1]])],
+        [helper.make_tensor_value_info("out", sink[0], ["N", *sink[1]]), *more],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -66,7 +67,7 @@ def _scalar(value: float, dtype: type[np.generic]) -> np.ndarray:
     return np.array(value, dtype)
 
 
-def _files(rng: np.random.Generator, logit_scale: float) -> dict[str, bytes]:
+def _files(rng: np.random.Generator, logit_scale: float, *, guarded: bool) -> dict[str, bytes]:
     pixels, eight, four = (
         (TensorProto.UINT8, (16, 16, 3)),
         (TensorProto.UINT8, (4, 8, 8)),
@@ -97,6 +98,8 @@ def _files(rng: np.random.Generator, logit_scale: float) -> dict[str, bytes]:
         node("Flatten", ["pool"], ["flat"]),
         node("Gemm", ["flat", "weight"], ["out"], transB=1),
     ]
+    guard = [node("ReduceMax", ["flat"], ["distance"], axes=[1], keepdims=0)] if guarded else []
+    distance = [helper.make_tensor_value_info("distance", TensorProto.FLOAT, ["N"])] if guarded else []
     logits = (TensorProto.FLOAT, (CLASSES,))
     quantizer = {"scale": _scalar(0.05, np.float32), "zero": _scalar(0, np.uint8)}
     norm = {"norm": _scalar(1 / 64, np.float32)}
@@ -110,8 +113,12 @@ def _files(rng: np.random.Generator, logit_scale: float) -> dict[str, bytes]:
         "segments/2.onnx": _graph(
             head, {**quantizer, "weight": weights(CLASSES, 6) * np.float32(8 * logit_scale)}, four, logits
         ),
-        "exits/1.onnx": _graph(head, {**quantizer, "weight": weights(CLASSES, 4) * 4}, eight, logits),
-        "exits/2.onnx": _graph(head, {**quantizer, "weight": weights(CLASSES, 6) * 4}, four, logits),
+        "exits/1.onnx": _graph(
+            [*head, *guard], {**quantizer, "weight": weights(CLASSES, 4) * 4}, eight, logits, *distance
+        ),
+        "exits/2.onnx": _graph(
+            [*head, *guard], {**quantizer, "weight": weights(CLASSES, 6) * 4}, four, logits, *distance
+        ),
         "labels.txt": "\n".join(f"label {index}" for index in range(CLASSES)).encode(),
     }
 
@@ -122,10 +129,14 @@ def write_tiny_bundle(
     thresholds: tuple[float | None, float | None] = (0.6, 0.6),
     heads: bool = True,
     logit_scale: float = 1.0,
+    distance_limit: float | None = None,
 ) -> Path:
-    """Write the tiny bundle to `path`: uint8 cuts of 4x8x8 and 6x4x4, five classes, 16x16 pixels."""
+    """Write the tiny bundle to `path`: uint8 cuts of 4x8x8 and 6x4x4, five classes, 16x16 pixels.
+
+    With a `distance_limit` its exits have a guard, whose distance is the greatest of the pooled features.
+    """
     rng = np.random.default_rng(0)
-    files = _files(rng, logit_scale)
+    files = _files(rng, logit_scale, guarded=distance_limit is not None)
     golden = io.BytesIO()
     np.savez(golden, frames=rng.integers(0, 256, (2, 16, 16, 3), np.uint8))
     files["golden/golden.npz"] = golden.getvalue()
@@ -153,7 +164,14 @@ def write_tiny_bundle(
             ),
             exits=(
                 *(
-                    ExitSpec(cut=cut, file=f"exits/{cut}.onnx", temperature=1.0, threshold=threshold, agreement=0.9)
+                    ExitSpec(
+                        cut=cut,
+                        file=f"exits/{cut}.onnx",
+                        temperature=1.0,
+                        threshold=threshold,
+                        agreement=0.9,
+                        distance_limit=distance_limit,
+                    )
                     for cut, threshold in enumerate(thresholds, 1)
                     if heads
                 ),

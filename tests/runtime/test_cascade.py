@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from runtime.cascade import Tier
 from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
 from runtime.policy import ExitPolicy, classify
-from runtime.segment import load_segments
+from runtime.segment import Head, load_segments
 
 CUTS = ((16, 16, 3), (4, 8, 8), (6, 4, 4))
 DEPTH = 3
@@ -162,6 +163,35 @@ def test_a_bundle_without_early_exits_runs_to_the_end(make_bundle: Callable[...,
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (1, 2), (2, 2)])
 def test_every_tier_warms_up(shared_bundle: Path, first: int, last: int) -> None:
     cascade.warm_up(tier(shared_bundle, first=first, last=last))
+
+
+class Doubtful:
+    """A head whose guard knows only frames at even places."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+
+    def run(self, batch: Tensor) -> Tensor:
+        return self._head.run(batch)
+
+    def ask(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.run(batch), np.arange(len(batch), dtype=np.float32) % 2 * 10
+
+
+def test_a_frame_beyond_the_guards_limit_goes_on_and_the_outcome_says_so(whole: Tier) -> None:
+    guarded = dataclasses.replace(whole, heads={**whole.heads, 1: Doubtful(whole.heads[1])})
+    batch = [some(0, seed) for seed in range(6)]
+    outcomes = cascade.run(batch, guarded, ExitPolicy({1: 0.0, 2: 0.0, 3: 0.0}, {1: 5.0}))
+    assert [depth(outcome) for outcome in outcomes] == [1, 2] * 3
+    assert [outcome.withheld for outcome in outcomes] == [(), (1,)] * 3
+
+
+def test_a_limit_without_a_distance_is_found_at_the_start(whole: Tier) -> None:
+    first, *rest = whole.bundle.manifest.exits
+    exits = (msgspec.structs.replace(first, distance_limit=1.0), *rest)
+    bundle = dataclasses.replace(whole.bundle, manifest=msgspec.structs.replace(whole.bundle.manifest, exits=exits))
+    with pytest.raises(BundleError, match=r"exits/1\.onnx gives no distance"):
+        cascade.warm_up(dataclasses.replace(whole, bundle=bundle))
 
 
 class Shorter:

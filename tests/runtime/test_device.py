@@ -75,6 +75,27 @@ def test_a_confident_exit_answers_without_a_byte(
     assert "offload_bytes_total" not in counters or len(early) < 40
 
 
+def test_answers_that_the_guard_withholds_are_counted(
+    make_bundle: Callable[..., Path], tmp_path: Path, photos: Path, memory_broker: BrokerConfig
+) -> None:
+    bundle = make_bundle(tmp_path / "guarded", thresholds=(0.0, None), distance_limit=0.0)
+    config = DeviceConfig(
+        bundle=str(bundle), broker=memory_broker, id="cam", last_segment=2, camera=replay(photos, frames=7)
+    )
+    results, dropped, counters = run(config)
+    assert not dropped
+    assert [result.exit for result in results] == [3] * 7
+    assert counters['answers_withheld_total{exit="1",reason="unlike"}'] == 7
+
+
+def test_an_agreement_that_the_bundle_does_not_know_is_refused(
+    shared_bundle: Path, photos: Path, memory_broker: BrokerConfig
+) -> None:
+    config = DeviceConfig(bundle=str(shared_bundle), broker=memory_broker, agreement=0.97, camera=replay(photos))
+    with pytest.raises(ConfigError, match=r"agreement: the bundle has no thresholds for 0\.97; choose one of 0\.9"):
+        Device(config)
+
+
 def test_nobody_above_and_the_budget_ends(shared_bundle: Path, photos: Path, memory_broker: BrokerConfig) -> None:
     config = DeviceConfig(
         bundle=str(shared_bundle),

@@ -46,6 +46,36 @@ def test_the_id_stands_for_every_field(tiny_bundle: Path) -> None:
     assert load(tiny_bundle).id != before
 
 
+def test_a_manifest_of_format_1_knows_no_tables_and_no_guards(tiny_bundle: Path) -> None:
+    def age(tree: dict[str, Any]) -> None:
+        tree["format"] = 1
+        for spec in tree["exits"]:
+            for field in ("points", "distance_limit", "kind", "macs", "note"):
+                del spec[field]
+
+    change(tiny_bundle, age)
+    spec = load(tiny_bundle).manifest.exits[0]
+    assert (spec.points, spec.distance_limit) == ((), None)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        ([{"agreement": 0.9, "threshold": 0.6}], []),
+        ([{"agreement": 0.9, "threshold": 0.7}], [{"agreement": 0.9, "threshold": 0.6}]),
+        ([{"agreement": 0.8, "threshold": 0.6}], [{"agreement": 0.8, "threshold": 0.6}]),
+    ],
+    ids=["one exit has none", "another threshold", "without the exit's own"],
+)
+def test_tables_that_do_not_fit_are_refused(tables: tuple[list[Any], list[Any]], tiny_bundle: Path) -> None:
+    def put(tree: dict[str, Any]) -> None:
+        for spec, table in zip(tree["exits"], tables, strict=False):
+            spec["points"] = table
+
+    change(tiny_bundle, put)
+    assert "tables of agreements differ or lack the exit's own" in refusal(tiny_bundle)
+
+
 def test_no_manifest(tmp_path: Path) -> None:
     assert "is not a bundle" in refusal(tmp_path)
 
