@@ -42,8 +42,8 @@ def test_every_table_is_read() -> None:
 
 
 DEVICE_KEYS = (
-    "broker, budget_ms, bundle, camera, codec, early_exits, id, last_segment, max_in_flight, site, stats_interval_s, "
-    "threads"
+    "agreement, broker, budget_ms, bundle, camera, codec, early_exits, id, last_segment, max_in_flight, site, "
+    "stats_interval_s, threads"
 )
 ID_RULE = "must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
 WRONG: list[tuple[type[Any], str, str]] = [
@@ -57,7 +57,7 @@ WRONG: list[tuple[type[Any], str, str]] = [
     (DEVICE, LEAST + "[camera.'a.b']\nwide = 1", "camera.a.b.wide: unknown key; did you mean width?"),
     (NODE, LEAST + "[uplink]\nkodec = 'raw'", "uplink.kodec: unknown key; did you mean codec?"),
     (NODE, LEAST + "[uplink.broker]\nhots = 'x'", "uplink.broker.hots: unknown key; did you mean host?"),
-    (NODE, LEAST + "[camera.front]", "camera: unknown key; known keys: broker, bundle, early_exits"),
+    (NODE, LEAST + "[camera.front]", "camera: unknown key; known keys: agreement, broker, bundle, early_exits"),
     (DEVICE, "budget_ms = 1.5\n" + LEAST, "budget_ms: expected `int`, got `float`"),
     (DEVICE, "early_exits = 1\n" + LEAST, "early_exits: expected `bool`, got `int`"),
     (DEVICE, LEAST.replace('"kin"', "1979-05-27"), "bundle: expected `str`, got `date`"),
