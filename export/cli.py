@@ -11,11 +11,11 @@ import msgspec
 
 from export.cuts import Cut
 from export.frames import FrameSource
+from export.options import input_of, takes_input
 from export.pipeline import Exported, export
 from export.quantize import TARGETS
 from export.recipe import DEFAULT_TIERS, Recipe, choose_cuts, open_model, time_cuts
 from export.report import Report
-from export.source import Channels, InputOptions
 from export.timing import Timed
 from runtime.errors import CameraError
 from runtime.manifest import Bundle
@@ -56,13 +56,7 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
 @click.option("--max-frames", type=click.IntRange(20), default=500, show_default=True, help="Use at most so many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle that parts photos.")
 @click.option("--name", help="The bundle's name; default: the model's.")
-@click.option("--size", help="ONNX, torch: input size where the model leaves it open: 224 or HEIGHTxWIDTH.")
-@click.option(
-    "--mean", help="ONNX, torch: one number or three, of pixels from 0 to 1; the input is (pixel - mean) / std."
-)
-@click.option("--std", help="ONNX, torch: one number or three, of pixels from 0 to 1.")
-@click.option("--scale", type=float, help="ONNX, torch: multiply pixels 0 to 255 by this instead of --std; 1 for raw.")
-@click.option("--bgr", is_flag=True, help="The model takes blue first.")
+@takes_input
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="For running the whole model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export_command(
@@ -112,7 +106,7 @@ def export_command(
     recipe = Recipe(
         model=model,
         frames=tuple(FrameSource(path) for path in frames),
-        input=InputOptions(size=_size(size), mean=_channels(mean, "--mean"), std=_std(std, scale), bgr=bgr),
+        input=input_of(size, mean, std, scale, bgr=bgr),
         tiers=_tiers(tiers),
         cuts=tuple(filter(None, (part.strip() for part in (cuts or "").split(",")))),
         agreement=agreement,
@@ -226,38 +220,3 @@ def _tiers(text: str) -> tuple[str, ...]:
             "give different names of letters, digits, '_' and '-', with commas", param_hint="--tiers"
         )
     return names
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None or int(match[1]) == 0:
-        raise click.BadParameter(f"{text!r} is no size; give 224 or 240x320 (height x width)", param_hint="--size")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _channels(text: str | None, option: str) -> Channels | None:
-    if text is None:
-        return None
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 3):
-        raise click.BadParameter(f"{text!r} is not one number or three with commas", param_hint=option)
-    first, second, third = values if len(values) == 3 else values * 3
-    return first, second, third
-
-
-def _std(text: str | None, scale: float | None) -> Channels | None:
-    if text is not None and scale is not None:
-        raise click.UsageError("--std and --scale say the same; give one of them.")
-    if scale is not None:
-        if scale == 0:
-            raise click.BadParameter("must not be 0", param_hint="--scale")
-        return (1 / (255 * scale),) * 3
-    values = _channels(text, "--std")
-    if values is not None and 0 in values:
-        raise click.BadParameter("must not be 0", param_hint="--std")
-    return values
