@@ -25,8 +25,8 @@ BATCH = 128
 PEAK_RATE, MOMENTUM, DECAY = 0.12, 0.9, 5e-4
 SMOOTHING = 0.1
 EXIT_WEIGHTS = (0.4, 0.4)  # beside the last exit's 1
-WARM = 0.25  # share of the steps in which the rate rises
-SMALL_EPOCHS, SMALL = 3, 24  # the first epochs see crops of 24 pixels: the same scale at 56 % of the time
+WARM = 0.3125  # share of the steps in which the rate rises
+SMALL_EPOCHS, SMALL = 5, 24  # the first epochs see crops of 24 pixels: the same scale at 56 % of the time
 SHIFT, HOLE = 4, 8  # pixels
 KEPT = 0.995  # of the running mean of the weights, a step
 
@@ -35,7 +35,7 @@ KEPT = 0.995  # of the running mean of the weights, a step
 class Plan:
     """What decides a training."""
 
-    epochs: int = 10
+    epochs: int = 8
     seed: int = 0
     checkpoint: Path = Path("training.pt")
 
