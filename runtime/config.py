@@ -49,6 +49,8 @@ class BrokerConfig(_Struct, frozen=True):
     keepalive_s: Port = 15
     max_unsent_messages: Positive = 64  # what waits for the socket; more is refused and counted
     max_unsent_bytes: Positive = 8 * 1024 * 1024
+    loss_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # kind memory only: share of messages that get lost
+    loss_seed: int = 0  # which ones
 
 
 class CameraConfig(_Struct, frozen=True):
@@ -82,6 +84,7 @@ class DeviceConfig(_Struct, frozen=True):
     agreement: Agreement | None = None  # a row of the bundle's table of thresholds; default: what it was exported with
     codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself
     budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
+    between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
     max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
@@ -93,6 +96,7 @@ class UplinkConfig(_Struct, frozen=True):
     broker: BrokerConfig | None = None  # default: the broker this node serves on
     site: str | None = None  # default: this node's site
     codec: str = "raw"
+    between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
     max_in_flight: Positive = 64
 
 
@@ -114,6 +118,7 @@ class NodeConfig(_Struct, frozen=True):
     max_queue_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0  # how long a frame may wait for company
     max_queue_frames: Positive = 256
     max_queue_bytes: Positive = 64 * 1024 * 1024
+    max_reference_bytes: Positive = 64 * 1024 * 1024  # earlier frames kept, which later ones are coded against
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
 
@@ -179,6 +184,8 @@ def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
     if isinstance(config, NodeConfig) and config.uplink is not None and config.uplink.broker is not None:
         brokers["uplink.broker"] = config.uplink.broker
     for key, broker in brokers.items():
+        if broker.loss_ratio and broker.kind != "memory":
+            raise ConfigError(f"{name}: {key}.loss_ratio: only the broker in memory loses on purpose; leave it out")
         if broker.ca_file is None and (broker.cert_file is not None or broker.key_file is not None):
             raise ConfigError(f"{name}: {key}.ca_file: missing; without it cert_file and key_file do nothing")
         if broker.username is None and broker.password_file is not None:

@@ -102,6 +102,7 @@ class Device:
                 max_in_flight=config.max_in_flight,
                 counters=self.counters,
                 on_reply=self._replied,
+                between_frames=config.between_frames,
             )
 
     def run(self, stop: threading.Event) -> None:

@@ -1,11 +1,12 @@
 """A link without a network: all links of one process that name the same host and port share a broker in memory.
 
 Serves tests, the parity proof and programs that want all tiers in one process. Messages are delivered on the
-publisher's thread.
+publisher's thread. With `loss_ratio` it loses messages of QoS 0, as a broker does for a link that drops: for measuring.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 
@@ -40,6 +41,9 @@ class MemoryLink:
         self._subscriptions: list[tuple[str, Handler]] = []
         self._actions: list[Callable[[], None]] = []
         self._counters = counters
+        self._loss_ratio = broker.loss_ratio
+        self._chance = random.Random(f"{broker.loss_seed}/{client_id}")
+        self._chance_lock = threading.Lock()
         self.connected = False
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -68,6 +72,9 @@ class MemoryLink:
         if not self.connected:
             self._counters.add("link_refused_total", reason="offline")
             return 0
+        if qos == 0 and self._loses():
+            self._counters.add("link_lost_total", reason="loss_ratio")
+            return publish_bytes(topic, len(payload), qos=qos)
         with self._hub.lock:
             links = list(self._hub.links)
             if retain and payload:
@@ -84,6 +91,10 @@ class MemoryLink:
         with self._hub.lock:
             if self in self._hub.links:
                 self._hub.links.remove(self)
+
+    def _loses(self) -> bool:
+        with self._chance_lock:
+            return self._loss_ratio > 0 and self._chance.random() < self._loss_ratio
 
     def _deliver(self, topic: str, payload: bytes) -> None:
         for topic_filter, handler in self._subscriptions:

@@ -21,7 +21,7 @@ import onnxruntime
 
 from runtime import cascade, manifest, packet, reply, topics
 from runtime.batcher import Batcher
-from runtime.codec import Codecs
+from runtime.coding import Decoder, ReferenceMissingError
 from runtime.config import NodeConfig
 from runtime.counters import Counters
 from runtime.datatypes import ExitOutput, Features
@@ -85,7 +85,7 @@ class Node:
         self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
         cascade.warm_up(self._tier)
         self._policy = ExitPolicy.of(bundle, early=config.early_exits, agreement=config.agreement)
-        self._codecs = Codecs(bundle)
+        self._decoder = Decoder(bundle, max_reference_bytes=config.max_reference_bytes)
         batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
         self._batcher: Batcher[_Request] = Batcher(
             max_batch_size=min(batch, config.max_batch_size),
@@ -121,6 +121,7 @@ class Node:
                 max_in_flight=config.uplink.max_in_flight,
                 counters=self.counters,
                 on_reply=self._replied,
+                between_frames=config.uplink.between_frames,
             )
 
     def run(self, stop: threading.Event) -> None:
@@ -150,7 +151,7 @@ class Node:
             message = packet.unpack(data)
             if message.kind is not Kind.FEATURES:
                 raise PacketError(f"a packet of kind {message.kind.name} is no request")
-            if message.variant or message.flags or message.reference is not None:
+            if message.variant or message.flags & ~packet.KEEP:
                 raise PacketError("the packet uses what this version does not know yet; update Kinflow on this node")
         except PacketError as error:
             self._count_refused("damaged", str(error))
@@ -179,7 +180,10 @@ class Node:
                 continue
             message = request.packet
             try:
-                tensor = self._codecs.get(message.cut, message.codec, message.rate).decode(message.payload)
+                tensor = self._decoder.decode(str(request.client), message)
+            except ReferenceMissingError as error:
+                self._refuse(request, "reference", str(error), packet.REFERENCE_MISSING)
+                continue
             except PacketError as error:
                 self._refuse(request, "payload", str(error))
                 continue
@@ -223,6 +227,7 @@ class Node:
                 born_ns=request.arrived_ns - request.packet.age_us * 1000,
                 deadline_ns=request.deadline_ns - int(left_ns * KEPT_BACK_RATIO),
                 camera=request.packet.camera,
+                origin=str(request.client),
             )
         if isinstance(sent, str):
             self._answer_myself(escalated, sent)
@@ -266,15 +271,15 @@ class Node:
             self.counters.add("replies_degraded_total")
         self._send_down(request, Kind.RESULT, reply.encode(said))
 
-    def _refuse(self, request: _Request, reason: str, sentence: str) -> None:
+    def _refuse(self, request: _Request, reason: str, sentence: str, flags: int = 0) -> None:
         self._count_refused(reason, sentence)
-        self._send_down(request, Kind.REFUSAL, sentence.encode())
+        self._send_down(request, Kind.REFUSAL, sentence.encode(), flags)
 
     def _count_refused(self, reason: str, sentence: str) -> None:
         self.counters.add("packets_refused_total", reason=reason)
         log.debug("refused a packet: %s", sentence)
 
-    def _send_down(self, request: _Request, kind: Kind, payload: bytes) -> None:
+    def _send_down(self, request: _Request, kind: Kind, payload: bytes, flags: int = 0) -> None:
         message = request.packet
         answer = Packet(
             kind=kind,
@@ -284,6 +289,7 @@ class Node:
             payload=payload,
             cut=message.cut,
             camera=message.camera,
+            flags=flags,
         )
         if not self._link.publish(request.client.replies, packet.pack(answer)):
             self.counters.add("replies_dropped_total", reason="link")

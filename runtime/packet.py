@@ -19,6 +19,10 @@ MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 NONE = 0xFFFF_FFFF  # "no reference", "no budget"
 
 
+KEEP = 1  # flag of FEATURES: later frames may be coded against this one
+REFERENCE_MISSING = 2  # flag of REFUSAL: the node lacks what the frame is coded against; send it standing alone
+
+
 class Kind(IntEnum):
     """What the payload is."""
 
@@ -41,7 +45,7 @@ class Packet:
     rate: int = 0  # index into the codec's rates in the manifest
     variant: int = 0
     camera: int = 0  # index in the sender's list of cameras
-    flags: int = 0
+    flags: int = 0  # KEEP, REFERENCE_MISSING
     reference: int | None = None  # sequence number of the frame this one is coded against
     budget_ms: int | None = None  # time still left for an answer when this packet left; None: no limit
     age_us: int = 0  # time since the grab when this packet left; saturates

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from runtime import packet, reply
-from runtime.codec import CODECS, Codecs, find_rate
+from runtime.codec import CODECS
+from runtime.coding import Encoder
 from runtime.counters import Counters
-from runtime.datatypes import Features
+from runtime.datatypes import Features, Tensor
 from runtime.errors import PacketError
 from runtime.link import Link
 from runtime.manifest import Bundle
@@ -29,19 +30,34 @@ log = logging.getLogger(__name__)
 Context = TypeVar("Context")
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What it takes to send a frame, and to send it again."""
+
+    tensor: Tensor
+    born_ns: int
+    camera: int
+    origin: str | None
+
+
 @dataclass(slots=True)
 class Sent(Generic[Context]):
     """Features that went up and have not been answered yet."""
 
     context: Context  # the caller's own
     deadline_ns: int  # time.monotonic_ns() at which the caller wants it back, answered or not
-    sent_ns: int
-    encode_ms: float
-    bytes_up: int = 0  # all of MQTT
+    frame: _Frame
+    sent_ns: int = 0
+    encode_ms: float = 0.0
+    bytes_up: int = 0  # all of MQTT; of both packets when the frame had to be sent again
+    against: bool = False  # whether it is coded against an earlier frame
 
 
 class Uplink(Generic[Context]):
     """Sends features of one bundle at one cut with one codec, and matches the answers.
+
+    A codec that can do so codes a frame against the last one of its camera that the node has answered, unless
+    `between_frames` is False. A node that lacks that one says so, and the frame goes up again at once, standing alone.
 
     Only one thread may send. `on_reply` is called on the link's thread, once at most for each Sent, with a Reply or
     with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more.
@@ -58,10 +74,11 @@ class Uplink(Generic[Context]):
         max_in_flight: int,
         counters: Counters,
         on_reply: Callable[[Sent[Context], Reply | str], None],
+        between_frames: bool = True,
     ) -> None:
-        self.codec, self._rate = find_rate(bundle, cut, codec)
+        self._encoder = Encoder(bundle, codec=codec, cut=cut, between_frames=between_frames)
+        self.codec = self._encoder.codec
         self.cut = cut
-        self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self._rate)
         self._link = link
         self._topics = topics
         self._bundle = bundle
@@ -69,7 +86,7 @@ class Uplink(Generic[Context]):
         self._counters = counters
         self._on_reply = on_reply
         self.session = secrets.randbits(32)
-        self._sequence = 0
+        self._warned = False
         self._lock = threading.Lock()
         self._waiting: dict[int, Sent[Context]] = {}  # by sequence; guarded by _lock
         link.subscribe(topics.replies, self._receive)
@@ -84,7 +101,14 @@ class Uplink(Generic[Context]):
         return len(self) >= self._max_in_flight
 
     def send(
-        self, features: Features, context: Context, *, born_ns: int, deadline_ns: int, camera: int = 0
+        self,
+        features: Features,
+        context: Context,
+        *,
+        born_ns: int,
+        deadline_ns: int,
+        camera: int = 0,
+        origin: str | None = None,
     ) -> Sent[Context] | str:
         """Encode and send features (1, …) at this uplink's cut.
 
@@ -93,7 +117,8 @@ class Uplink(Generic[Context]):
             context: handed back with the answer.
             born_ns: when the frame was grabbed, on this machine's monotonic clock.
             deadline_ns: when the answer must be here.
-            camera: index in the sender's list of cameras.
+            camera: index in the list of cameras of whoever has the camera.
+            origin: who that is, when a node passes on what another has sent it.
 
         Returns:
             What was sent, or the reason why it was not: `offline`, `busy`, `deadline`, `oversize` or `link`.
@@ -102,46 +127,65 @@ class Uplink(Generic[Context]):
             return "offline"
         if self.full:
             return "busy"
+        sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin))
+        problem = self._dispatch(sent)
+        return sent if problem in ("", "gone") else problem
+
+    def _dispatch(self, sent: Sent[Context], again: int | None = None) -> str:
+        """Encode and publish a frame; `again` is the sequence number under which it waits until it has a new one.
+
+        Returns:
+            An empty string, or the reason why it did not go up; `gone` when the caller has had it back meanwhile.
+        """
+        frame = sent.frame
         start_ns = time.monotonic_ns()
-        payload = self._codec.encode(features.tensor)
-        if len(payload) > packet.MAX_PAYLOAD_BYTES:
+        coded = self._encoder.encode(frame.tensor, camera=frame.camera, origin=frame.origin, alone=again is not None)
+        if len(coded.payload) > packet.MAX_PAYLOAD_BYTES:
             return "oversize"
         now_ns = time.monotonic_ns()
-        budget_ms = (deadline_ns - now_ns) // 1_000_000
+        budget_ms = (sent.deadline_ns - now_ns) // 1_000_000
         if budget_ms <= 0:
             return "deadline"
-        with self._lock:
-            sequence, self._sequence = self._sequence, (self._sequence + 1) % packet.NONE
         data = packet.pack(
             Packet(
                 kind=Kind.FEATURES,
                 bundle=self._bundle.key,
                 session=self.session,
-                sequence=sequence,
-                payload=payload,
+                sequence=coded.sequence,
+                payload=coded.payload,
                 codec=CODECS[self.codec],
                 cut=self.cut,
-                rate=self._rate,
-                camera=camera,
+                rate=self._encoder.rate,
+                camera=coded.camera,
+                flags=coded.flags,
+                reference=coded.reference,
                 budget_ms=budget_ms,
-                age_us=(now_ns - born_ns) // 1000,
+                age_us=(now_ns - frame.born_ns) // 1000,
             )
         )
         topic = self._topics.request(self._bundle.key8, self.cut)
         # Its bookkeeping comes first, as no answer may overtake it, and without the lock, as the link may call
         # `_receive` from inside `publish`. The link then says the exact bytes, which differ by one in MQTT 3.1.1.
-        sent = Sent(context, deadline_ns, now_ns, (now_ns - start_ns) / 1e6, publish_bytes(topic, len(data)))
+        expected_bytes = publish_bytes(topic, len(data))
         with self._lock:
-            self._waiting[sequence] = sent
+            if again is not None and self._waiting.pop(again, None) is None:
+                return "gone"
+            sent.sent_ns = sent.sent_ns or now_ns
+            sent.encode_ms += (now_ns - start_ns) / 1e6
+            sent.bytes_up += expected_bytes
+            sent.against = coded.reference is not None
+            self._waiting[coded.sequence] = sent
         bytes_up = self._link.publish(topic, data)
+        sent.bytes_up += bytes_up - expected_bytes
         if bytes_up == 0:
             with self._lock:
-                self._waiting.pop(sequence, None)
-            return "link"
-        sent.bytes_up = bytes_up
-        self._counters.add("offload_requests_total", cut=self.cut, codec=self.codec)
-        self._counters.add("offload_bytes_total", sent.bytes_up)
-        return sent
+                return "link" if self._waiting.pop(coded.sequence, None) is sent else "gone"
+        against = "alone" if coded.reference is None else "against"
+        self._counters.add("offload_requests_total", cut=self.cut, codec=self.codec, reference=against)
+        self._counters.add("offload_bytes_total", bytes_up)
+        if coded.reference is not None:
+            self._counters.add("offload_against_bytes_total", bytes_up)
+        return ""
 
     def expire(self, now_ns: int) -> list[Sent[Context]]:
         """Take back what has passed its deadline."""
@@ -175,12 +219,41 @@ class Uplink(Generic[Context]):
             self._counters.add("packets_refused_total", reason="damaged")
             log.warning("refused a reply: %s", error)
             return
+        if message.kind is Kind.RESULT:
+            self._encoder.acknowledge(message.sequence)
+        elif message.flags & packet.REFERENCE_MISSING:
+            self._missed(message.sequence)
+            if self._sent_again(message.sequence):
+                return
         with self._lock:
             sent = self._waiting.pop(message.sequence, None)
         if sent is None:
             self._counters.add("replies_ignored_total", reason="late")
             return
         self._on_reply(sent, said)
+
+    def _missed(self, sequence: int) -> None:
+        self._counters.add("references_missed_total")
+        pause = self._encoder.miss(sequence)
+        if pause and not self._warned:
+            self._warned = True
+            log.warning(
+                "the node above lacks again and again what frames are coded against, as one of a pool does or one "
+                "short of max_reference_bytes; the next %d frames of this camera stand alone",
+                pause,
+            )
+
+    def _sent_again(self, sequence: int) -> bool:
+        """Send a frame that waits as `sequence` once more, standing alone. Returns whether it needs no answer now."""
+        with self._lock:
+            sent = self._waiting.get(sequence)
+        if sent is None or not sent.against:
+            return False
+        problem = self._dispatch(sent, again=sequence)
+        if problem == "link":
+            with self._lock:
+                self._waiting[sequence] = sent
+        return problem in ("", "gone")
 
     def _read(self, message: Packet) -> Reply | str:
         if message.kind is Kind.REFUSAL:

@@ -20,7 +20,7 @@ LAYERS = (
     {"datatypes", "errors", "counters"},
     {"manifest", "config", "packet", "topics"},
     {"preprocess", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
-    {"cascade", "batcher", "reply", "uplink", "broker"},  # and every variant of a seam
+    {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )

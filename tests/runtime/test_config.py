@@ -42,7 +42,7 @@ def test_every_table_is_read() -> None:
 
 
 DEVICE_KEYS = (
-    "agreement, broker, budget_ms, bundle, camera, codec, early_exits, id, last_segment, max_in_flight, site, "
+    "agreement, between_frames, broker, budget_ms, bundle, camera, codec, early_exits, id, last_segment, max_in_flight, site, "
     "stats_interval_s, threads"
 )
 ID_RULE = "must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
@@ -57,6 +57,8 @@ WRONG: list[tuple[type[Any], str, str]] = [
     (DEVICE, LEAST + "[camera.'a.b']\nwide = 1", "camera.a.b.wide: unknown key; did you mean width?"),
     (NODE, LEAST + "[uplink]\nkodec = 'raw'", "uplink.kodec: unknown key; did you mean codec?"),
     (NODE, LEAST + "[uplink.broker]\nhots = 'x'", "uplink.broker.hots: unknown key; did you mean host?"),
+    (DEVICE, LEAST + "loss_ratio = 0.1", "broker.loss_ratio: only the broker in memory loses on purpose"),
+    (NODE, LEAST + "kind = 'memory'\nloss_ratio = 1.0", "broker.loss_ratio: expected `float` < 1.0"),
     (NODE, LEAST + "[camera.front]", "camera: unknown key; known keys: agreement, broker, bundle, early_exits"),
     (DEVICE, "budget_ms = 1.5\n" + LEAST, "budget_ms: expected `int`, got `float`"),
     (DEVICE, "early_exits = 1\n" + LEAST, "early_exits: expected `bool`, got `int`"),

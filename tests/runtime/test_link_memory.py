@@ -29,8 +29,8 @@ def assert_sent(bytes_up: int) -> None:
 class Broker:
     """Opens links to one broker in memory."""
 
-    def __init__(self) -> None:
-        self._config = BrokerConfig(host=str(uuid.uuid4()), kind="memory")
+    def __init__(self, loss_ratio: float = 0.0, loss_seed: int = 0) -> None:
+        self._config = BrokerConfig(host=str(uuid.uuid4()), kind="memory", loss_ratio=loss_ratio, loss_seed=loss_seed)
         self.counters = Counters()
 
     def link(self, *subscriptions: tuple[str, Inbox], start: bool = True) -> MemoryLink:
@@ -114,6 +114,23 @@ def test_a_link_that_is_not_connected_neither_sends_nor_receives(broker: Broker)
     link.connected = True
     broker.link().publish("a", b"y")
     assert inbox.messages == [("a", b"y")]
+
+
+def test_a_link_that_loses_loses_its_share_the_same_one_every_time_and_counts_it() -> None:
+    arrived = []
+    for _ in range(2):
+        broker, inbox = Broker(loss_ratio=0.05, loss_seed=3), Inbox()
+        broker.link(("a", inbox))
+        sender = broker.link()
+        for number in range(4000):
+            assert sender.publish("a", number.to_bytes(2, "big")) == publish_bytes("a", 2)
+        lost = broker.counters.snapshot()['link_lost_total{reason="loss_ratio"}']
+        assert lost == 4000 - len(inbox.messages)
+        assert 150 < lost < 250
+        arrived.append(inbox.messages)
+    assert arrived[0] == arrived[1]
+    sender.publish("a", b"x", qos=1)
+    assert inbox.messages[-1] == ("a", b"x")
 
 
 def test_a_closed_link_is_gone_and_closing_twice_is_harmless(broker: Broker) -> None:

@@ -148,7 +148,7 @@ def test_what_goes_up_says_everything_and_costs_what_it_says(bench: Bench, bundl
     assert sent.bytes_up == size
     assert sent.encode_ms > 0
     assert bench.counters.snapshot() == {
-        'offload_requests_total{codec="raw",cut="1"}': 1,
+        'offload_requests_total{codec="raw",cut="1",reference="alone"}': 1,
         "offload_bytes_total": size,
     }
 

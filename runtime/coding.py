@@ -1,0 +1,118 @@
+"""Features ↔ payloads on both ends of a link: alone, or against an earlier frame where the codec can do that.
+
+Codecs know nothing of packets, references nothing of codecs; here the two meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from runtime import packet
+from runtime.codec import CODECS, Codecs, ReferenceCodec, find_rate
+from runtime.datatypes import Tensor
+from runtime.errors import PacketError
+from runtime.manifest import Bundle
+from runtime.packet import Packet
+from runtime.references import RECEIVER_BYTES, HeldReferences, SentReferences, Source, StreamNumbers
+
+
+class ReferenceMissingError(PacketError):
+    """A frame is coded against one that is not held here; it has to come again, standing alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """One frame's payload, and what the header has to say of it."""
+
+    sequence: int
+    payload: bytes
+    camera: int
+    flags: int = 0
+    reference: int | None = None
+
+
+class Encoder:
+    """The sender's end at one cut with one codec and rate. Any thread may use it; encoding is one at a time.
+
+    Raises:
+        ConfigError: the bundle has no such codec or rate at this cut.
+    """
+
+    def __init__(self, bundle: Bundle, *, codec: str, cut: int, between_frames: bool = True) -> None:
+        self.codec, self.rate = find_rate(bundle, cut, codec)
+        self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self.rate)
+        self._between_frames = between_frames
+        self._numbers = StreamNumbers()
+        self._references: SentReferences[int] = SentReferences()  # by number of the camera
+        self._sequence = 0
+        self._lock = threading.Lock()
+
+    def encode(self, tensor: Tensor, *, camera: int, origin: str | None = None, alone: bool = False) -> Coded:
+        """Encode the features (1, …) of one frame and give it the next sequence number.
+
+        Args:
+            tensor: the features.
+            camera: index in the list of whoever has the camera.
+            origin: who that is, when it is not this sender itself.
+            alone: whether the frame must not be coded against another.
+        """
+        with self._lock:
+            sequence, self._sequence = self._sequence, (self._sequence + 1) % packet.NONE
+            if origin is not None:
+                camera, taken = self._numbers.number(origin, camera)
+                if taken:
+                    self._references.forget(camera)
+            codec = self._codec
+            if not isinstance(codec, ReferenceCodec):
+                return Coded(sequence, codec.encode(tensor), camera)
+            if not self._between_frames or self._references.pausing(camera):
+                payload, _ = codec.encode_against(tensor, None)
+                return Coded(sequence, payload, camera)
+            reference = None if alone else self._references.newest(camera, sequence)
+            payload, levels = codec.encode_against(tensor, None if reference is None else reference.levels)
+            self._references.sent(camera, sequence, levels, reference)
+            return Coded(sequence, payload, camera, packet.KEEP, None if reference is None else reference.sequence)
+
+    def acknowledge(self, sequence: int) -> None:
+        """A reply proves that the frame sent as `sequence` was decoded."""
+        with self._lock:
+            self._references.acknowledge(sequence)
+
+    def miss(self, sequence: int) -> int:
+        """The receiver lacks what the frame `sequence` was coded against. Returns frames that will stand alone."""
+        with self._lock:
+            return self._references.miss(sequence)
+
+
+class Decoder:
+    """The receiver's end for all cuts, codecs and rates of a bundle, and all clients. Belongs to one thread."""
+
+    def __init__(self, bundle: Bundle, *, max_reference_bytes: int = RECEIVER_BYTES) -> None:
+        self._codecs = Codecs(bundle)
+        self.references = HeldReferences(max_bytes=max_reference_bytes)
+
+    def decode(self, client: str, message: Packet) -> Tensor:
+        """Return the features (1, …) of a packet of kind FEATURES that came from `client`.
+
+        Raises:
+            ReferenceMissingError: the frame it is coded against is not held here.
+            PacketError: the payload is not what the codec writes.
+        """
+        codec = self._codecs.get(message.cut, message.codec, message.rate)
+        if not isinstance(codec, ReferenceCodec):
+            if message.reference is not None:
+                raise PacketError(f"codec {message.codec} codes no frame against another")
+            return codec.decode(message.payload)
+        source = Source(client, message.session, message.camera, message.cut, message.codec, message.rate)
+        against = None
+        if message.reference is not None:
+            against = self.references.find(source, message.reference)
+            if against is None:
+                raise ReferenceMissingError(f"frame {message.reference}, which this one is coded against, is not here")
+        tensor, levels = codec.decode_against(message.payload, against)
+        if message.reference is not None:
+            self.references.used(source, message.reference)
+        if message.flags & packet.KEEP:
+            self.references.keep(source, message.sequence, levels)
+        return tensor
