@@ -20,12 +20,13 @@ from runtime.errors import KinflowError
 COMMANDS = {
     "export": ("export.cli:export_command", "Turn a model and unlabelled frames into a bundle."),
     "bundle": ("runtime.bundle_tool:bundle_group", "Show or verify a bundle."),
+    "bench": ("export.bench:bench_group", "Measure what a bundle's codecs, exits and variants cost and give."),
     "device": ("runtime.cli:device_command", "Answer camera frames on this board."),
     "node": ("runtime.cli:node_command", "Serve deeper segments to devices or to other nodes."),
     "sim": ("runtime.sim:sim_command", "Run device, edge and cloud on this machine."),
     "demo": ("runtime.demo:demo_command", "Show it all on a real clip, with the bundle that ships."),
 }
-EXTRAS = {"export": "export", "sim": "demo", "demo": "demo"}
+EXTRAS = {"export": "export", "bench": "export", "sim": "demo", "demo": "demo"}
 
 
 class _Lazy(click.Group):
