@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from export.atlas import Atlas, EqualRow
 from export.atlas_svg import GROUND, MUTED, Label, beside, figure, fit, log_ticks, series, style, to_svg
@@ -88,12 +88,18 @@ def trade(atlas: Atlas, wanted: float, prefix: str, *, wide: bool) -> str:
         axes.set_xlabel(f"device time: segments and encoding, of {whole:.1f} ms")
         axes.set_ylabel(f"mean bytes at {wanted:.0%} agreement")
         fit(made, axes, left=74)
-        for x, size, least, most, words, colour, marker in points:
+        for x, size, least, most, _, colour, marker in points:
             if x > FAR:
                 marker, x = ">", FAR  # outside, where the words say how far
             axes.plot([x, x], [least, most], color=colour, lw=1.2, alpha=0.5, clip_on=False)
             axes.plot([x], [size], marker=marker, color=colour, markersize=9, markeredgecolor=GROUND, clip_on=False)
-            beside(axes, x, size, f"{words}\n{size:,.0f} bytes", colour)
+        beside(
+            axes,
+            [
+                Label(min(x, FAR), size, f"{words}\n{size:,.0f} bytes", colour)
+                for x, size, _, _, words, colour, _ in points
+            ],
+        )
         return to_svg(made, prefix, f"Bytes at {wanted:.0%} agreement against the time the device works, a point a cut")
 
 
@@ -126,8 +132,7 @@ def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
         axes.set_xlabel("share of frames that the exit answers")
         _percent(axes, "of them equal to the whole model's")
         fit(made, axes)
-        for label in labels:
-            beside(axes, label.x, label.y, label.words, label.colour)
+        beside(axes, labels)
         return to_svg(made, prefix, "Agreement among answered frames against their share, a line an exit")
 
 
@@ -204,6 +209,7 @@ def _bytes_axis(axes: Axes, sizes: Sequence[float], *, wide: bool) -> None:
 
 
 def _percent(axes: Axes, words: str) -> None:
+    axes.yaxis.set_major_locator(MultipleLocator(0.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y")
     axes.set_ylabel(words)

@@ -115,36 +115,72 @@ def fit(made: Figure, axes: Axes, labels: Sequence[Label] = (), *, left: int = 6
 
 
 def _rows(axes: Axes, labels: Sequence[Label]) -> list[list[tuple[Label, float, float]]]:
-    """Labels with where each begins and ends, in pixels, row by row from the lowest."""
-    left, right = axes.transAxes.transform([(0, 0), (1, 0)])[:, 0]
-    rows: list[list[tuple[Label, float, float]]] = []
+    """Labels with where each begins and ends, in pixels, row by row from the lowest.
+
+    A label's line down to its point crosses no label of the rows below where that can be helped.
+    """
+    left, right = (float(x) for x in axes.transAxes.transform([(0, 0), (1, 0)])[:, 0])
+    placed: list[tuple[int, float, float, float, Label]] = []  # row, start, end, where its line stands
     for label in sorted(labels, key=lambda label: label.x):
         x = float(axes.transData.transform((label.x, label.y))[0])
         width = LETTER * len(label.words) + 10
-        start = min(max(x - width / 2, left), max(left, right - width))
-        free = [row for row in rows if all(start >= end or start + width <= other for _, other, end in row)]
-        if not free:
-            free = [[]]
-            rows += free
-        free[0].append((label, start, start + width))
+        starts = [min(max(x - width * share, left), max(left, right + 10 - width)) for share in (0.5, 0.8, 0.2, 1.1)]
+
+        def fault(place: tuple[int, float], x: float = x, width: float = width) -> float:
+            row, start = place
+            over = sum(
+                8.0 * (row == other and start < end and start + width > begin)
+                + (row > other and begin - 3 < x < end + 3)
+                + (row < other and start - 3 < line < start + width + 3)
+                for other, begin, end, line, _ in placed
+            )
+            return over + 0.1 * row + 0.002 * abs(start + width / 2 - x)
+
+        row, start = min(((row, start) for row in range(len(labels)) for start in starts), key=fault)
+        placed.append((row, start, start + width, x, label))
+    rows: list[list[tuple[Label, float, float]]] = [[] for _ in range(max((row for row, *_ in placed), default=-1) + 1)]
+    for row, start, end, _, label in placed:
+        rows[row].append((label, start, end))
     return rows
 
 
-def beside(axes: Axes, x: float, y: float, words: str, colour: str) -> None:
-    """Words beside a point: to its right, or to its left where there is no room."""
-    share = float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0])
-    right = share < 0.62
-    axes.annotate(
-        words,
-        (x, y),
-        xytext=(9 if right else -9, 0),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="center",
-        color=colour,
-        fontweight="bold" if colour in SERIES else "normal",
-        linespacing=1.15,
-    )
+def beside(axes: Axes, labels: Sequence[Label]) -> None:
+    """Words beside their points, within the axes; none over another or over a point where that can be helped."""
+    points = [tuple(map(float, axes.transData.transform((label.x, label.y)))) for label in labels]
+    left, right = (float(x) for x in axes.transAxes.transform([(0, 0), (1, 0)])[:, 0])
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for label, (x, y) in zip(labels, points, strict=True):
+        lines = label.words.split("\n")
+        width, height = LETTER * max(map(len, lines)), 15.0 * len(lines)
+        boxes = [
+            (x + 9 if to_right else x - 9 - width, y + up - height / 2, to_right, up)
+            for up in (0.0, height * 0.7, -height * 0.7, height * 1.3, -height * 1.3)
+            for to_right in (True, False)
+        ]
+
+        def fault(box: tuple[float, float, bool, float], width: float = width, height: float = height) -> float:
+            start, bottom, _, up = box
+            over = sum(
+                max(0.0, min(start + width, far) - max(start, near))
+                * max(0.0, min(bottom + height, high) - max(bottom, low))
+                for near, low, far, high in taken
+            )
+            outside = max(0.0, left - start) + max(0.0, start + width - right)
+            return over + 100 * outside + abs(up) / 10
+
+        start, bottom, to_right, up = min(boxes, key=fault)
+        taken.append((start, bottom, start + width, bottom + height))
+        axes.annotate(
+            label.words,
+            (label.x, label.y),
+            xytext=(9 if to_right else -9, up),
+            textcoords="offset points",
+            ha="left" if to_right else "right",
+            va="center",
+            color=label.colour,
+            fontweight="bold" if label.colour in SERIES else "normal",
+            linespacing=1.15,
+        )
 
 
 def log_ticks(axis: Axis, low: float, high: float, *, dense: bool) -> None:
