@@ -47,6 +47,7 @@ class Sent(Generic[Context]):
     context: Context  # the caller's own
     deadline_ns: int  # time.monotonic_ns() at which the caller wants it back, answered or not
     frame: _Frame
+    sequence: int = 0  # of its packet; of the second one when it had to be sent again
     sent_ns: int = 0
     encode_ms: float = 0.0
     bytes_up: int = 0  # all of MQTT; of both packets when the frame had to be sent again
@@ -170,6 +171,7 @@ class Uplink(Generic[Context]):
         with self._lock:
             if again is not None and self._waiting.pop(again, None) is None:
                 return "gone"
+            sent.sequence = coded.sequence
             sent.sent_ns = sent.sent_ns or now_ns
             sent.encode_ms += (now_ns - start_ns) / 1e6
             sent.bytes_up += expected_bytes
