@@ -61,11 +61,11 @@ class CutTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExitRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One exit on its own at one target, on all judged frames."""
+    """One exit on its own at one row of its table, on all judged frames."""
 
     cut: int
     after: str
-    target: float
+    target: float  # the agreement that the threshold was chosen to keep
     threshold: float | None  # None: it never answers
     coverage: float
     agreement: float | None  # among the answered; None when there were none
@@ -73,7 +73,8 @@ class ExitRow(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None
     answered: int
     n: int
-    macs_ratio: float  # of the whole, up to and with this exit
+    withheld: int  # frames it was sure of and did not answer, as they are unlike those it was made for
+    macs_ratio: float  # of the whole model's, the segments up to this exit
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,14 +87,22 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CascadeRow(msgspec.Struct, frozen=True, kw_only=True):
-    """All exits together at one target: every frame is answered by the first that dares."""
+    """All exits together at one target: every frame is answered by the first that dares.
+
+    The target is a promise about the frames that early exits answer.
+    """
 
     target: float
-    agreement: float
-    low: float
-    high: float
+    coverage: float  # of all early exits
+    agreement: float | None  # among the frames that early exits answer
+    low: float | None
+    high: float | None
+    answered: int
     n: int
-    macs_saved_ratio: float  # of the whole model's, over a mean frame
+    all_agreement: float  # over all frames
+    all_low: float
+    all_high: float
+    macs_saved_ratio: float  # of the whole model's, over a mean frame; heads that were asked are charged
     answered_ratio: dict[int, float]  # by exit's cut
 
 

@@ -105,27 +105,24 @@ def trade(atlas: Atlas, wanted: float, prefix: str, *, wide: bool) -> str:
 
 def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
     """Agreement among answered frames against their share, a line an exit; a dot where its threshold puts it."""
-    last = atlas.exits[-1].cut
-    early = [sweep for sweep in atlas.sweeps if sweep.cut < last]
-    targets = sorted({row.target for row in atlas.exits if row.target < 1})
-    low = math.floor(20 * min([0.95, *targets]) - 3) / 20
+    target = max(row.target for row in atlas.exits)
+    low = math.floor(20 * target - 3) / 20
     with style():
         made, axes = figure(*(HALF if wide else NARROW_HALF))
         labels: list[Label] = []
-        for sweep in early:
+        for sweep in atlas.sweeps:
             colour, _ = series(_place(atlas, sweep.cut))
             axes.plot(sweep.coverage, sweep.agreement, color=colour)
             inside = [(x, y) for x, y in zip(sweep.coverage, sweep.agreement, strict=True) if y >= low + 0.01]
             if inside:
                 labels.append(Label(*inside[-1], sweep.after, colour))
         for row in atlas.exits:
-            if row.agreement is not None and row.cut != last:
+            if row.agreement is not None and row.target == target:
                 colour, marker = series(_place(atlas, row.cut))
                 axes.plot([row.coverage] * 2, [row.low or 0, row.high or 1], color=colour, lw=1.2, alpha=0.5)
                 axes.plot([row.coverage], [row.agreement], marker=marker, color=colour, markersize=9, mec=GROUND)
-        for target in targets:
-            axes.axhline(target, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
-            axes.text(1.02, target, f"{target:.0%} wanted", color=MUTED, ha="right", va="bottom", fontsize=11)
+        axes.axhline(target, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
+        axes.text(1.02, target, f"{target:.0%} wanted", color=MUTED, ha="right", va="bottom", fontsize=11)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(low, 1.004)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -35,11 +35,11 @@ def to_html(atlas: Atlas) -> str:
                 lambda prefix, wide: figures.trade(atlas, wanted, prefix, wide=wide),
             )
         )
-    if any(sweep.cut < atlas.exits[-1].cut for sweep in atlas.sweeps):
+    if atlas.exits:
         halves.append(
             _figure(
                 "Exits",
-                "The more frames an exit answers, the less they agree. A dot is where its threshold puts it.",
+                "The more frames an exit answers, the fewer agree. A dot is where its threshold and guard put it.",
                 lambda prefix, wide: figures.exits(atlas, prefix, wide=wide),
             )
         )

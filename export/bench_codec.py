@@ -15,7 +15,7 @@ from export.bench_rows import Logits, Point, Samples, summarize, wire_bytes
 from runtime.codec import CODECS, Codec, Codecs
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
-from runtime.segment import Segment, load_segments
+from runtime.segment import Head, Segment, load_segments
 
 GROUP = 16  # frames whose features of all cuts are held at once
 
@@ -30,6 +30,7 @@ class Judged:
     ceiling: Point  # the segments without any codec
     segment_ms: tuple[float, ...]  # medians of single frames
     exit_logits: Mapping[int, Logits]  # by cut of an exit with a file, (frames, classes)
+    distances: Mapping[int, Tensor]  # by cut of an exit with a guard, (frames,)
     logits: Logits  # of the last segment, (frames, classes)
 
 
@@ -39,9 +40,10 @@ class _Run:
 
     bundle: Bundle
     segments: Mapping[int, Segment]
-    heads: Mapping[int, Segment]
+    heads: Mapping[int, Head]
     times: list[list[float]]
     exits: dict[int, list[Tensor]]
+    distances: dict[int, list[Tensor]]
     logits: list[Tensor] = field(default_factory=list)
 
     def features(self, frames: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -56,7 +58,10 @@ class _Run:
                 self.times[index].append((time.perf_counter() - start) * 1e3)
                 features[index + 1].append(tensor)
                 if index + 1 in self.heads:
-                    self.exits[index + 1].append(self.heads[index + 1].run(tensor))
+                    said, distance = self.heads[index + 1].ask(tensor)
+                    self.exits[index + 1].append(said)
+                    if distance is not None:
+                        self.distances[index + 1].append(distance)
         self.logits += features[-1]
         return features
 
@@ -86,7 +91,7 @@ def judge_codecs(
         codecs: false to leave them out and only run segments and exits.
     """
     segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1, threads=threads)
-    run = _Run(bundle, segments, heads, [[] for _ in segments], {cut: [] for cut in heads})
+    run = _Run(bundle, segments, heads, [[] for _ in segments], {cut: [] for cut in heads}, {cut: [] for cut in heads})
     made = Codecs(bundle)
     places = [
         (cut, spec.name, rate)
@@ -116,6 +121,7 @@ def judge_codecs(
         ),
         segment_ms=tuple(round(float(np.median(times)), 4) for times in run.times),
         exit_logits={cut: np.concatenate(rows) for cut, rows in run.exits.items()},
+        distances={cut: np.concatenate(rows) for cut, rows in run.distances.items() if rows},
         logits=np.concatenate(run.logits),
     )
 

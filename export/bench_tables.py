@@ -78,15 +78,16 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
     if atlas.exits:
         yield (
             "Exits, each on its own on all judged frames",
-            ("cut", "after", "target", "threshold", "answers", "agreement [95 %]", "of the MACs"),
+            ("cut", "after", "wanted", "threshold", "answers", "agreement [95 %]", "withheld", "MACs before"),
             [
                 [
                     str(row.cut),
                     row.after,
                     f"{row.target:g}",
                     "never" if row.threshold is None else f"{row.threshold:.3f}",
-                    f"{row.coverage:.0%} of {row.n}",
-                    "" if row.agreement is None else f"{row.agreement:.3f} [{row.low:.3f}, {row.high:.3f}]",
+                    f"{row.answered} of {row.n}",
+                    _agreement(row.agreement, row.low, row.high),
+                    str(row.withheld),
                     f"{row.macs_ratio:.0%}",
                 ]
                 for row in atlas.exits
@@ -94,13 +95,21 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
         )
     if atlas.cascade:
         yield (
-            "All exits together",
-            ("target", "agreement [95 %]", "n", "MACs saved", "answered at cut"),
+            "All exits together; what is wanted is the agreement of the frames that early exits answer",
+            (
+                "wanted",
+                "answered early",
+                "their agreement [95 %]",
+                "of all frames [95 %]",
+                "MACs saved",
+                "answered at cut",
+            ),
             [
                 [
                     f"{row.target:g}",
-                    f"{row.agreement:.3f} [{row.low:.3f}, {row.high:.3f}]",
-                    str(row.n),
+                    f"{row.answered} of {row.n}",
+                    _agreement(row.agreement, row.low, row.high),
+                    _agreement(row.all_agreement, row.all_low, row.all_high),
                     f"{row.macs_saved_ratio:.0%}",
                     ", ".join(f"{cut}: {share:.0%}" for cut, share in row.answered_ratio.items()),
                 ]
@@ -153,7 +162,11 @@ def _span(low: float | None, high: float | None, form: str) -> str:
 
 
 def _share(row: CodecRow) -> str:
-    return f"{row.agreement:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    return _agreement(row.agreement, row.low, row.high)
+
+
+def _agreement(value: float | None, low: float | None, high: float | None) -> str:
+    return "" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _ms(value: float | None) -> str:
