@@ -3,7 +3,8 @@
 1. `camera` (and `camera_opencv`, `camera_replay`) yields a Frame; `capture` holds the latest one.
 2. `device` takes it; `preprocess` makes it the Features at cut 0.
 3. `cascade` runs the next `segment`, asks its exit head, and `policy` says whether that answer may stand.
-4. What is unfinished goes up: `uplink` encodes it (`codec`), packs it (`packet`) and publishes it (`topics`, `link`).
+4. What is unfinished goes up: `uplink` has it encoded (`coding`: by a `codec`, against one of the `references` where
+   that is possible), packs it (`packet`) and publishes it (`topics`, `link`).
 5. `node` receives it; `batcher` gathers company; `cascade` goes on from that cut; an edge node's `uplink` escalates.
 6. The `reply` comes down the same way, and `device` publishes the Result.
 
