@@ -42,7 +42,8 @@ class Encoder:
     def __init__(self, bundle: Bundle, *, codec: str, cut: int, between_frames: bool = True) -> None:
         self.codec, self.rate = find_rate(bundle, cut, codec)
         self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self.rate)
-        self._between_frames = between_frames
+        # Asked once: what `isinstance` takes with a protocol is a tenth of a frame's encoding.
+        self._against = self._codec if between_frames and isinstance(self._codec, ReferenceCodec) else None
         self._numbers = StreamNumbers()
         self._references: SentReferences[int] = SentReferences()  # by number of the camera
         self._sequence = 0
@@ -63,12 +64,9 @@ class Encoder:
                 camera, taken = self._numbers.number(origin, camera)
                 if taken:
                     self._references.forget(camera)
-            codec = self._codec
-            if not isinstance(codec, ReferenceCodec):
-                return Coded(sequence, codec.encode(tensor), camera)
-            if not self._between_frames or self._references.pausing(camera):
-                payload, _ = codec.encode_against(tensor, None)
-                return Coded(sequence, payload, camera)
+            codec = self._against
+            if codec is None or self._references.pausing(camera):
+                return Coded(sequence, self._codec.encode(tensor), camera)
             reference = None if alone else self._references.newest(camera, sequence)
             payload, levels = codec.encode_against(tensor, None if reference is None else reference.levels)
             self._references.sent(camera, sequence, levels, reference)
@@ -90,6 +88,7 @@ class Decoder:
 
     def __init__(self, bundle: Bundle, *, max_reference_bytes: int = RECEIVER_BYTES) -> None:
         self._codecs = Codecs(bundle)
+        self._against: dict[tuple[int, int, int], ReferenceCodec | None] = {}
         self.references = HeldReferences(max_bytes=max_reference_bytes)
 
     def decode(self, client: str, message: Packet) -> Tensor:
@@ -99,12 +98,16 @@ class Decoder:
             ReferenceMissingError: the frame it is coded against is not held here.
             PacketError: the payload is not what the codec writes.
         """
-        codec = self._codecs.get(message.cut, message.codec, message.rate)
-        if not isinstance(codec, ReferenceCodec):
-            if message.reference is not None:
-                raise PacketError(f"codec {message.codec} codes no frame against another")
-            return codec.decode(message.payload)
-        source = Source(client, message.session, message.camera, message.cut, message.codec, message.rate)
+        key = message.cut, message.codec, message.rate
+        alone = self._codecs.get(*key)
+        if key not in self._against:  # asked once, as `isinstance` takes long with a protocol
+            self._against[key] = alone if isinstance(alone, ReferenceCodec) else None
+        codec = self._against[key]
+        if codec is None and message.reference is not None:
+            raise PacketError(f"codec {message.codec} codes no frame against another")
+        if codec is None or (message.reference is None and not message.flags & packet.KEEP):
+            return alone.decode(message.payload)
+        source = Source(client, message.session, message.camera, *key)
         against = None
         if message.reference is not None:
             against = self.references.find(source, message.reference)
