@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from export.cuts import Cut
-from export.graph import FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, copy_of, finish, replace_input
+from export.graph import FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, constant, copy_of, finish, replace_input
 from export.wires import Wire, add_wire, fused_cuts
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
@@ -74,6 +74,44 @@ def quantize(
         BundleError: ONNX Runtime cannot quantize this graph.
     """
     recipe = recipe_of(trunk)
+    model = _static(trunk, frames, recipe, target)
+    _float_logits(model)
+    fused = fused_cuts(model, cuts)
+    wires = tuple(
+        add_wire(model, cut, shapes, ranges, fused=cut.tensor in fused, reuse=recipe == "convolutional") for cut in cuts
+    )
+    _sort(model)
+    return Quantized(finish(model), wires, recipe)
+
+
+def quantize_part(
+    part: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target: str, before: Wire | None, behind: Wire | None
+) -> ModelProto:
+    """Quantize what lies between two tensors of the whole model, so that it takes and gives the bundle's own wires.
+
+    Args:
+        part: float, from the frame or the tensor at a cut to the tensor at another, or to the logits.
+        frames: calibration inputs of `part`, each (1, …): uint8 frames or float features.
+        before: the wire that is read; None: the frame.
+        behind: the wire that is made; None: the logits.
+
+    Raises:
+        BundleError: ONNX Runtime cannot quantize this graph.
+    """
+    model = _static(part, frames, recipe, target)
+    if before is not None:
+        _read_wire(model, before)
+    if behind is None:
+        _float_logits(model)
+    else:
+        _write_wire(model, behind)
+    _sort(model)
+    return finish(model)
+
+
+def _static(trunk: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target: str) -> ModelProto:
+    """Static QDQ of a graph that reads frames or features."""
+    (source,) = trunk.graph.input
     frame_scale = _frame_scale(trunk)
     overrides: dict[str, Any] = {}
     if frame_scale is not None:
@@ -90,7 +128,7 @@ def quantize(
             quantize_static(
                 copy_of(trunk),
                 path,
-                _Frames(frames),
+                _Frames(source.name, frames),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=op_types,
                 per_channel=True,
@@ -104,15 +142,60 @@ def quantize(
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"this model cannot be quantized ({reason}); add --float") from error
         model = onnx.load(path)
-    _float_logits(model)
     if frame_scale is not None:
         _read_frame_directly(model, frame_scale[0])
-    fused = fused_cuts(model, cuts)
-    wires = tuple(
-        add_wire(model, cut, shapes, ranges, fused=cut.tensor in fused, reuse=recipe == "convolutional") for cut in cuts
+    return model
+
+
+def _read_wire(model: ModelProto, wire: Wire) -> None:
+    """Let a graph of float features read them as they stand on the wire."""
+    (source,) = model.graph.input
+    name, shape = source.name, source.type.tensor_type.shape
+    index = Index(model)
+    stored, read = f"{name}/wire", f"{name}/read"
+    for node in index.consumers.get(name, []):
+        # A quantizer of its own would round once more, by another scale.
+        if node.op_type == "QuantizeLinear":
+            for reader in index.consumers.get(node.output[0], []):
+                for again in index.consumers.get(reader.output[0], []):
+                    replace_input(again, reader.output[0], read)
+                model.graph.node.remove(reader)
+            model.graph.node.remove(node)
+        else:
+            replace_input(node, name, read)
+    scale, zero_point = _wire_constants(model, f"{name}/wire", wire)
+    model.graph.node.append(
+        helper.make_node("DequantizeLinear", [stored, scale, zero_point], [read], f"{name}/dequantize", axis=wire.axis)
     )
-    _sort(model)
-    return Quantized(finish(model), wires, recipe)
+    source.CopyFrom(helper.make_tensor_value_info(stored, onnx.TensorProto.UINT8, None))
+    source.type.tensor_type.shape.CopyFrom(shape)
+
+
+def _write_wire(model: ModelProto, wire: Wire) -> None:
+    """Let a graph that makes float features write them as they stand on the wire."""
+    (sink,) = model.graph.output
+    index = Index(model)
+    name, shape = sink.name, sink.type.tensor_type.shape
+    last = index.producer[name]
+    features = name
+    if last.op_type == "DequantizeLinear":
+        quantizer = index.producer[last.input[0]]
+        features = quantizer.input[0]
+        model.graph.node.remove(last)
+        model.graph.node.remove(quantizer)
+    stored = f"{name}/wire"
+    scale, zero_point = _wire_constants(model, stored, wire)
+    model.graph.node.append(
+        helper.make_node("QuantizeLinear", [features, scale, zero_point], [stored], f"{name}/quantize", axis=wire.axis)
+    )
+    sink.CopyFrom(helper.make_tensor_value_info(stored, onnx.TensorProto.UINT8, None))
+    sink.type.tensor_type.shape.CopyFrom(shape)
+
+
+def _wire_constants(model: ModelProto, prefix: str, wire: Wire) -> tuple[str, str]:
+    names = f"{prefix}/scale", f"{prefix}/zero_point"
+    model.graph.initializer.extend([constant(names[0], wire.scale), constant(names[1], wire.zero_point)])
+    return names
 
 
 def recipe_of(trunk: ModelProto) -> Recipe:
@@ -129,12 +212,13 @@ def recipe_of(trunk: ModelProto) -> Recipe:
 class _Frames(CalibrationDataReader):  # type: ignore[misc]
     """Hands frames to the quantizer one by one."""
 
-    def __init__(self, frames: Iterable[Tensor]) -> None:
+    def __init__(self, name: str, frames: Iterable[Tensor]) -> None:
+        self._name = name
         self._frames: Iterator[Tensor] = iter(frames)
 
     def get_next(self) -> dict[str, Tensor] | None:
         frame = next(self._frames, None)
-        return None if frame is None else {FRAME: frame}
+        return None if frame is None else {self._name: frame}
 
 
 class _quiet:  # noqa: N801  reads as a statement
@@ -202,7 +286,7 @@ def _read_frame_directly(model: ModelProto, image: str) -> None:
 
 def _sort(model: ModelProto) -> None:
     """Put the nodes into topological order again; ties keep the order they had."""
-    made = {FRAME, "", *(tensor.name for tensor in model.graph.initializer)}
+    made = {model.graph.input[0].name, "", *(tensor.name for tensor in model.graph.initializer)}
     waiting = list(model.graph.node)
     ordered: list[NodeProto] = []
     while waiting:
