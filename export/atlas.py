@@ -14,6 +14,7 @@ import msgspec
 
 from export.atlas_curves import Cost, Equal, compare
 from export.bench_rows import CodecRow, Point, Way, curves
+from export.exits_judge import ExitRow
 
 AGREEMENTS = (0.90, 0.95, 0.98)
 DIVERGENCES = (0.2, 0.1, 0.05)  # mean KL in nats
@@ -60,21 +61,17 @@ class CutTime(msgspec.Struct, frozen=True, kw_only=True):
     macs_ratio: float
 
 
-class ExitRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One exit on its own at one row of its table, on all judged frames."""
+class Alone(msgspec.Struct, frozen=True, kw_only=True):
+    """One exit asked about all judged frames, whatever the exits before it said, at one row of its table."""
 
-    cut: int
-    after: str
     target: float  # the agreement that the threshold was chosen to keep
-    threshold: float | None  # None: it never answers
+    cut: int
     coverage: float
     agreement: float | None  # among the answered; None when there were none
     low: float | None
     high: float | None
     answered: int
     n: int
-    withheld: int  # frames it was sure of and did not answer, as they are unlike those it was made for
-    macs_ratio: float  # of the whole model's, the segments up to this exit
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +138,8 @@ class Atlas(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     times: tuple[CutTime, ...] = ()
     rows: tuple[CodecRow, ...] = ()
     equal: tuple[EqualRow, ...] = ()
-    exits: tuple[ExitRow, ...] = ()
+    exits: tuple[ExitRow, ...] = ()  # as the cascade runs
+    alone: tuple[Alone, ...] = ()
     cascade: tuple[CascadeRow, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     variants: tuple[dict[str, Any], ...] = ()

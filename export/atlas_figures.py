@@ -105,7 +105,7 @@ def trade(atlas: Atlas, wanted: float, prefix: str, *, wide: bool) -> str:
 
 def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
     """Agreement among answered frames against their share, a line an exit; a dot where its threshold puts it."""
-    target = max(row.target for row in atlas.exits)
+    target = max(row.target for row in atlas.alone)
     low = math.floor(20 * target - 3) / 20
     with style():
         made, axes = figure(*(HALF if wide else NARROW_HALF))
@@ -116,7 +116,7 @@ def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
             inside = [(x, y) for x, y in zip(sweep.coverage, sweep.agreement, strict=True) if y >= low + 0.01]
             if inside:
                 labels.append(Label(*inside[-1], sweep.after, colour))
-        for row in atlas.exits:
+        for row in atlas.alone:
             if row.agreement is not None and row.target == target:
                 colour, marker = series(_place(atlas, row.cut))
                 axes.plot([row.coverage] * 2, [row.low or 0, row.high or 1], color=colour, lw=1.2, alpha=0.5)

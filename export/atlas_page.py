@@ -35,7 +35,7 @@ def to_html(atlas: Atlas) -> str:
                 lambda prefix, wide: figures.trade(atlas, wanted, prefix, wide=wide),
             )
         )
-    if atlas.exits:
+    if atlas.alone:
         halves.append(
             _figure(
                 "Exits",

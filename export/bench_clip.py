@@ -14,11 +14,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.bench_frames import Whole
 from export.bench_rivals import CAMERA
 from export.bench_rows import Logits, Point, Samples, rival_bytes, summarize, wire_bytes
-from runtime.codec import CODECS, Codecs, Levels, ReferenceCodec
+from runtime.codec import CODECS, Codecs, ReferenceCodec
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle
@@ -72,7 +73,7 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
     if not places:
         return []
     samples = {place: Samples() for place in places}
-    held: dict[tuple[int, str, int], Levels | None] = dict.fromkeys(places)
+    held: dict[tuple[int, str, int], NDArray[np.int16] | None] = dict.fromkeys(places)
     for number in track(range(len(frames))):
         features = [frames[number]]
         for segment in segments.values():

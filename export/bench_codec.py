@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from export.bench_rows import Logits, Point, Samples, summarize, wire_bytes
 from runtime.codec import CODECS, Codec, Codecs
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
-from runtime.segment import Head, Segment, load_segments
+from runtime.segment import Segment, load_segments
 
 GROUP = 16  # frames whose features of all cuts are held at once
 
@@ -29,9 +29,6 @@ class Judged:
     points: list[Point]
     ceiling: Point  # the segments without any codec
     segment_ms: tuple[float, ...]  # medians of single frames
-    exit_logits: Mapping[int, Logits]  # by cut of an exit with a file, (frames, classes)
-    distances: Mapping[int, Tensor]  # by cut of an exit with a guard, (frames,)
-    logits: Logits  # of the last segment, (frames, classes)
 
 
 @dataclass(slots=True)
@@ -40,11 +37,7 @@ class _Run:
 
     bundle: Bundle
     segments: Mapping[int, Segment]
-    heads: Mapping[int, Head]
     times: list[list[float]]
-    exits: dict[int, list[Tensor]]
-    distances: dict[int, list[Tensor]]
-    logits: list[Tensor] = field(default_factory=list)
 
     def features(self, frames: Sequence[Tensor]) -> list[list[Tensor]]:
         """The features of every frame at every cut, by cut; the last are logits. Frame by frame, as a device does."""
@@ -57,12 +50,6 @@ class _Run:
                 tensor = segment.run(tensor)
                 self.times[index].append((time.perf_counter() - start) * 1e3)
                 features[index + 1].append(tensor)
-                if index + 1 in self.heads:
-                    said, distance = self.heads[index + 1].ask(tensor)
-                    self.exits[index + 1].append(said)
-                    if distance is not None:
-                        self.distances[index + 1].append(distance)
-        self.logits += features[-1]
         return features
 
     def tail(self, tensors: Sequence[Tensor], cut: int) -> Logits:
@@ -88,10 +75,10 @@ def judge_codecs(
         whole: the whole float model's logits (frames, classes).
         threads: for the segments.
         track: wraps the starts of groups of frames, to show how far it is.
-        codecs: false to leave them out and only run segments and exits.
+        codecs: false to leave them out and only run the segments.
     """
-    segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1, threads=threads)
-    run = _Run(bundle, segments, heads, [[] for _ in segments], {cut: [] for cut in heads}, {cut: [] for cut in heads})
+    segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1, threads=threads)
+    run = _Run(bundle, segments, [[] for _ in segments])
     made = Codecs(bundle)
     places = [
         (cut, spec.name, rate)
@@ -120,9 +107,6 @@ def judge_codecs(
             ceiling, way="features", cut=len(segments), after="the last layer", codec="none", rate=0, parameter=0.0
         ),
         segment_ms=tuple(round(float(np.median(times)), 4) for times in run.times),
-        exit_logits={cut: np.concatenate(rows) for cut, rows in run.exits.items()},
-        distances={cut: np.concatenate(rows) for cut, rows in run.distances.items() if rows},
-        logits=np.concatenate(run.logits),
     )
 
 

@@ -1,54 +1,68 @@
-"""Judges exits: each on its own, how its agreement falls as it answers more, and all of them as a cascade."""
+"""Sums up what exits do: as the cascade runs, each asked about every frame, and how agreement falls with coverage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from export.agreement import clopper_pearson, measure
-from export.atlas import Atlas, CascadeRow, ExitRow, Sweep
-from export.bench_codec import Judged
+from export.atlas import Alone, Atlas, CascadeRow, Sweep
 from export.bench_rows import Logits
-from runtime.datatypes import ExitOutput
+from export.exits_judge import ExitRow, judge_seen, see
+from export.risk import Flags
+from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
-from runtime.policy import ExitPolicy, classify
+from runtime.policy import ExitPolicy
 
 STEPS = 40  # of coverage, in a sweep
 
-Flags = NDArray[np.bool_]
 
-
-def judge_exits(bundle: Bundle, made: Atlas, judged: Judged, whole: Logits) -> Atlas:
-    """Add what the exits did on the judged frames, at every target they have thresholds for.
+def judge_exits(bundle: Bundle, made: Atlas, frames: Sequence[Tensor], whole: Logits) -> Atlas:
+    """Add what the exits do on the judged frames, at every agreement they have thresholds for.
 
     Args:
         bundle: with its exits.
-        made: the atlas so far, with its times.
-        judged: the logits and distances of every exit.
+        made: the atlas so far.
+        frames: each uint8 (1, height, width, 3).
         whole: the whole float model's logits (frames, classes).
     """
     answers = whole.argmax(axis=1)
-    said = {spec.cut: _outputs(bundle, judged, spec.cut) for spec in bundle.manifest.exits}
-    agrees = {cut: np.array([output.label_index for output in outputs]) == answers for cut, outputs in said.items()}
-    confidence = {cut: np.array([output.confidence for output in outputs]) for cut, outputs in said.items()}
-    own = bundle.manifest.exits[0].agreement
-    targets = sorted({own, *(point.agreement for spec in bundle.manifest.exits[:-1] for point in spec.points)})
-    policies = {target: ExitPolicy.of(bundle, agreement=None if target == own else target) for target in targets}
-    if len(said) == 1:
-        policies = {}
-    afters = [cut.after for cut in bundle.manifest.cuts]
+    seen = see(bundle, np.concatenate(frames))
+    rows = judge_seen(bundle, seen, answers)
+    words = seen.words(bundle, answers)
+    exits = bundle.manifest.exits[:-1]
+    targets = sorted({row.target for row in rows if row.cut in {spec.cut for spec in exits}})
+    alone: list[Alone] = []
+    for target in targets:
+        thresholds = {row.cut: row.threshold for row in rows if row.target == target}
+        for place, spec in enumerate(exits):
+            threshold = thresholds[spec.cut]
+            sure = np.zeros(words.frames, np.bool_) if threshold is None else words.confidence[place] >= threshold
+            found = measure(sure & words.within[place], words.agrees[place])
+            alone.append(
+                Alone(
+                    target=target,
+                    cut=spec.cut,
+                    coverage=found.coverage,
+                    agreement=found.agreement,
+                    low=found.agreement_low,
+                    high=found.agreement_high,
+                    answered=found.answered,
+                    n=found.n,
+                )
+            )
     return msgspec.structs.replace(
         made,
-        exits=tuple(
-            row
-            for target, policy in policies.items()
-            for row in _rows(made, policy, target, {cut: said[cut] for cut in list(said)[:-1]}, agrees)
+        exits=tuple(rows),
+        alone=tuple(alone),
+        sweeps=tuple(
+            sweep(spec.cut, bundle.manifest.cuts[spec.cut].after, words.confidence[place], words.agrees[place])
+            for place, spec in enumerate(exits)
         ),
-        sweeps=tuple(sweep(cut, afters[cut], confidence[cut], agrees[cut]) for cut in list(said)[:-1]),
-        cascade=tuple(_cascade(bundle, policy, target, said, agrees) for target, policy in policies.items()),
+        cascade=tuple(cascade(bundle, [row for row in rows if row.target == target]) for target in targets),
     )
 
 
@@ -65,82 +79,31 @@ def sweep(cut: int, after: str, confidence: NDArray[np.float64], agrees: Flags) 
     )
 
 
-def _outputs(bundle: Bundle, judged: Judged, cut: int) -> list[ExitOutput]:
-    spec = bundle.exit_at(cut)
-    assert spec is not None, "asked for exits only"
-    logits = judged.exit_logits.get(cut, judged.logits)
-    distances: Sequence[float | None] = (
-        [float(value) for value in judged.distances[cut]] if cut in judged.distances else [None] * len(logits)
-    )
-    return [classify(row, spec, distance) for row, distance in zip(logits, distances, strict=True)]
-
-
-def _rows(
-    made: Atlas,
-    policy: ExitPolicy,
-    target: float,
-    said: Mapping[int, Sequence[ExitOutput]],
-    agrees: Mapping[int, Flags],
-) -> list[ExitRow]:
-    rows = []
-    for cut, outputs in said.items():
-        found = measure(np.array([policy.answers(output) for output in outputs]), agrees[cut])
-        time = made.times[cut - 1]
-        rows.append(
-            ExitRow(
-                cut=cut,
-                after=time.after,
-                target=target,
-                threshold=policy.thresholds.get(cut),
-                coverage=found.coverage,
-                agreement=found.agreement,
-                low=found.agreement_low,
-                high=found.agreement_high,
-                answered=found.answered,
-                n=found.n,
-                withheld=sum(policy.withholds(output) for output in outputs),
-                macs_ratio=time.macs_ratio,
-            )
-        )
-    return rows
-
-
-def _cascade(
-    bundle: Bundle,
-    policy: ExitPolicy,
-    target: float,
-    said: Mapping[int, Sequence[ExitOutput]],
-    agrees: Mapping[int, Flags],
-) -> CascadeRow:
-    """Every frame is answered by the first exit that dares; the last always does."""
+def cascade(bundle: Bundle, rows: Sequence[ExitRow]) -> CascadeRow:
+    """All exits together, from the rows of one agreement by cut, the model's own exit last."""
     macs = [segment.macs for segment in bundle.manifest.segments]
-    count = len(agrees[len(macs)])
-    waiting, right, spent, asked = np.ones(count, np.bool_), np.zeros(count, np.bool_), 0.0, 0
-    answered: dict[int, float] = {}
-    for cut, outputs in said.items():
-        spec = bundle.exit_at(cut)
-        assert spec is not None, "asked for exits only"
-        asked += spec.macs if policy.may_answer(cut) else 0
-        here = waiting & (np.array([policy.answers(output) for output in outputs]) | (spec.file is None))
-        waiting &= ~here
-        right |= here & agrees[cut]
-        spent += float(here.sum()) * (sum(macs[:cut]) + asked)
-        answered[cut] = round(float(here.mean()), 6)
-        if cut != len(macs):
-            early, hits = count - int(waiting.sum()), int(right.sum())
-    low, high = clopper_pearson(hits, early) if early else (None, None)
-    all_low, all_high = clopper_pearson(int(right.sum()), count)
+    policy = ExitPolicy({row.cut: row.threshold for row in rows if row.threshold is not None})
+    hits = [round((row.agreement or 0.0) * row.answered) for row in rows]
+    count, early = rows[0].n, sum(row.answered for row in rows[:-1])
+    spent, asked = 0.0, 0
+    for row in rows:
+        spec = bundle.exit_at(row.cut)
+        assert spec is not None, "rows are of exits"
+        asked += spec.macs if policy.may_answer(row.cut) else 0
+        spent += row.answered * (sum(macs[: row.cut]) + asked)
+    low, high = clopper_pearson(sum(hits[:-1]), early) if early else (None, None)
+    all_low, all_high = clopper_pearson(sum(hits), count)
     return CascadeRow(
-        target=target,
+        target=rows[0].target,
         coverage=round(early / count, 6),
-        agreement=round(hits / early, 6) if early else None,
+        agreement=round(sum(hits[:-1]) / early, 6) if early else None,
         low=None if low is None else round(low, 6),
         high=None if high is None else round(high, 6),
         answered=early,
         n=count,
-        all_agreement=round(float(right.mean()), 6),
+        all_agreement=round(sum(hits) / count, 6),
         all_low=round(all_low, 6),
         all_high=round(all_high, 6),
         macs_saved_ratio=round(1 - spent / count / sum(macs), 6),
-        answered_ratio=answered,
+        answered_ratio={row.cut: round(row.answered / count, 6) for row in rows},
     )

@@ -115,7 +115,7 @@ def judge(
         made = _with_codecs(made, points, judged, seed=seed, rivals=wanted.rivals)
     if wanted.exits:
         report.stage("judge the exits")
-        made = judge_exits(bundle, made, judged, logits)
+        made = judge_exits(bundle, made, frames, logits)
     return made
 
 

@@ -77,18 +77,18 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
         )
     if atlas.exits:
         yield (
-            "Exits, each on its own on all judged frames",
-            ("cut", "after", "wanted", "threshold", "answers", "agreement [95 %]", "withheld", "MACs before"),
+            "Exits as the cascade runs; withheld: an exit is sure, but the frame is unlike those it knows",
+            ("wanted", "cut", "after", "threshold", "reached", "answered", "agreement [95 %]", "withheld"),
             [
                 [
+                    f"{row.target:g}",
                     str(row.cut),
                     row.after,
-                    f"{row.target:g}",
                     "never" if row.threshold is None else f"{row.threshold:.3f}",
-                    f"{row.answered} of {row.n}",
+                    str(row.reached),
+                    str(row.answered),
                     _agreement(row.agreement, row.low, row.high),
                     str(row.withheld),
-                    f"{row.macs_ratio:.0%}",
                 ]
                 for row in atlas.exits
             ],

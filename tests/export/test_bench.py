@@ -15,10 +15,11 @@ from click.testing import CliRunner, Result
 
 from export.atlas import Atlas, EqualRow, cut_times, judge
 from export.bench import bench_group
-from export.bench_exits import sweep
+from export.bench_exits import cascade, sweep
 from export.bench_frames import calibration, read_clip, read_judges
 from export.bench_rows import kl, rival_bytes, wire_bytes
 from export.bundle import list_files
+from export.exits_judge import ExitRow
 from export.frames import fingerprint
 from export.pipeline import Exported
 from runtime.codec import RawCodec
@@ -117,13 +118,34 @@ def test_coarser_video_costs_less(made: Made) -> None:
 
 def test_exits_are_judged_at_every_target(made: Made) -> None:
     _, atlas = made
-    assert {row["cut"] for row in atlas["exits"]} == {1, 2}
-    assert len(atlas["exits"]) == 2 * len(atlas["cascade"])
+    targets = {row["target"] for row in atlas["cascade"]}
+    assert {(row["target"], row["cut"]) for row in atlas["exits"]} == {(t, cut) for t in targets for cut in (1, 2, 3)}
     for row in atlas["cascade"]:
+        steps = [step for step in atlas["exits"] if step["target"] == row["target"]]
+        assert row["answered"] == sum(step["answered"] for step in steps if step["cut"] < 3)
         assert sum(row["answered_ratio"].values()) == pytest.approx(1, abs=1e-5)
         assert row["macs_saved_ratio"] < 1
-        assert row["coverage"] == pytest.approx(row["answered"] / row["n"], abs=1e-6)
-    assert all(len(line["coverage"]) == len(line["agreement"]) for line in atlas["sweeps"])
+    assert {(row["target"], row["cut"]) for row in atlas["alone"]} == {(t, cut) for t in targets for cut in (1, 2)}
+    # What the first exit says alone is what it says in the cascade.
+    firsts = [[row["answered"] for row in atlas[kind] if row["cut"] == 1] for kind in ("alone", "exits")]
+    assert firsts[0] == firsts[1]
+
+
+def test_the_cascade_pays_for_segments_and_for_the_heads_it_asks(exported: Exported) -> None:
+    bundle = exported.bundle
+    macs = [segment.macs for segment in bundle.manifest.segments]
+
+    def row(cut: int, answered: int, threshold: float | None) -> ExitRow:
+        nothing = (None, None, None)
+        counts = (10, 10, answered, 0, answered / 10)
+        return ExitRow(0.9, cut, "", threshold, *counts, 0.75 if answered == 4 else 1.0, 0.5, 1.0, *nothing, ())
+
+    summed = cascade(bundle, [row(1, 4, 0.5), row(2, 0, None), row(3, 6, 0.0)])
+    head = bundle.manifest.exits[0].macs
+    spent = 4 * (macs[0] + head) + 6 * (sum(macs) + head)
+    assert summed.macs_saved_ratio == pytest.approx(1 - spent / 10 / sum(macs), abs=1e-6)
+    assert (summed.answered, summed.agreement, summed.all_agreement) == (4, 0.75, 0.9)
+    assert summed.answered_ratio == {1: 0.4, 2: 0.0, 3: 0.6}
 
 
 def test_the_atlas_is_a_note_and_its_json_is_read_back(made: Made, exported: Exported) -> None:
