@@ -6,18 +6,19 @@ another system. A codec object keeps its contexts between frames and belongs to 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import zstandard
-from numpy.typing import NDArray
 
 from runtime.datatypes import Tensor
 from runtime.errors import ConfigError, PacketError
+from runtime.levels import Levels
 from runtime.manifest import Bundle, CutSpec
 
-CODECS = {"raw": 1, "jpeg": 2}  # name → id on the wire; ids are never used again for something else
+CODECS = {"raw": 1, "jpeg": 2, "transform": 3}  # name → id on the wire; ids are never used again for something else
 JPEG_HEADERS_BYTES = 4096  # more than all tables of a JPEG take
 ZSTD_LEVEL = 3  # higher levels gain under 1 % on plain activations
 
@@ -36,9 +37,6 @@ class Codec(Protocol):
             PacketError: the payload is not what `encode` writes at this cut.
         """
         ...
-
-
-Levels: TypeAlias = NDArray[np.int16]  # (n,), quantized coefficients: what both sides hold of a frame, exactly
 
 
 @runtime_checkable
@@ -205,6 +203,7 @@ class Codecs:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._made: dict[tuple[int, int, int], Codec] = {}
+        self._transforms: dict[int, Any] = {}  # by cut; shared by all rates
 
     def get(self, cut: int, codec_id: int, rate: int) -> Codec:
         """The codec for what a packet's header names.
@@ -227,4 +226,10 @@ class Codecs:
             raise PacketError(f"codec {codec_id} at rate {rate} is not in this bundle at cut {cut}")
         if spec.name == "jpeg":
             return JpegCodec(cuts[cut], round(spec.rates[rate].parameter))
-        return RawCodec(cuts[cut])
+        if spec.name == "raw":
+            return RawCodec(cuts[cut])
+        module = import_module("runtime.codec_transform")
+        if cut not in self._transforms:
+            self._transforms[cut] = module.open_transform(self._bundle, cuts[cut], spec)
+        codec: Codec = module.TransformCodec(self._transforms[cut], rate)
+        return codec

@@ -16,7 +16,7 @@ import msgspec
 
 from runtime.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2  # 2: codec transform, tables of exit thresholds, variants; 1 is read as well
 MANIFEST = "manifest.json"
 ID_BYTES = 8  # of the bundle id, in a packet and in a topic
 # Files that may lie beside the contract without being part of it: measurements, which differ from machine to machine.
@@ -54,9 +54,13 @@ class PreprocessSpec(_Struct, frozen=True):
 class RateSpec(_Struct, frozen=True):
     """One operating point of a codec, with what it was measured to cost on held-back frames."""
 
-    parameter: float  # the codec's own: JPEG quality; 0 where a codec has none
+    parameter: float  # the codec's own: JPEG quality, target agreement in percent; 0 where a codec has none
     bytes_p50: int | None = None  # payload without the packet header
     bytes_p95: int | None = None
+    agreement: float | None = None  # share of judge frames answered as the whole float model does
+    agreement_low: float | None = None  # 95 % Clopper-Pearson interval
+    agreement_high: float | None = None
+    n: int | None = None  # judge frames
 
 
 class CodecSpec(_Struct, frozen=True):
@@ -64,6 +68,14 @@ class CodecSpec(_Struct, frozen=True):
 
     name: str  # a key of runtime.codec.CODECS
     rates: tuple[RateSpec, ...]
+    encoder: str | None = None  # graph: features → coefficients; codec transform only, as are the next two
+    decoder: str | None = None  # graph: coefficients → features
+    tables: str | None = None  # .npz, runtime.codec_transform.Tables
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files it needs."""
+        return tuple(name for name in (self.encoder, self.decoder, self.tables) if name is not None)
 
 
 class CutSpec(_Struct, frozen=True):
@@ -287,6 +299,7 @@ def _check_structure(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST} is damaged: tiers must take all {segments} segments in order, not {lasts}")
     listed = {spec.path for spec in manifest.files}
     used = [manifest.labels, manifest.golden, *(spec.file for spec in manifest.segments)]
+    used += [name for cut in manifest.cuts for codec in cut.codecs for name in codec.files]
     for name in [*used, *(spec.file for spec in manifest.exits if spec.file is not None)]:
         if name not in listed:
             raise BundleError(f"{MANIFEST} is damaged: {name} is used but not in the list of files")

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from runtime.codec import Levels
+from runtime.levels import Levels
 
 WINDOW = 32  # frames of a stream that may be on their way before the first of them can be a reference no more
 MAX_AGE = 1 << 16  # packets of a sender after which it uses a reference no more; far below where sequences repeat

@@ -52,6 +52,17 @@ class SegmentRunner(Protocol):
         ...
 
 
+def load_graph(bundle: Bundle, file: str, *, threads: int = 1, runner: str = "onnx") -> Segment:
+    """Load one file of the bundle that has one input and one output.
+
+    Raises:
+        BundleError: it is damaged or cannot be loaded.
+    """
+    module, name = RUNNERS[runner].split(":")
+    load: SegmentRunner = getattr(import_module(module), name)
+    return load(bundle, file, threads=threads)
+
+
 def load_segments(
     bundle: Bundle, first: int, last: int, *, threads: int = 1, runner: str = "onnx"
 ) -> tuple[Mapping[int, Segment], Mapping[int, Head]]:

@@ -19,12 +19,12 @@ MAX_LINES = 350
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"manifest", "config", "packet", "topics"},
-    {"preprocess", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
+    {"preprocess", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
     {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )
-SEAMS = ("camera", "segment", "link")
+SEAMS = ("camera", "codec", "segment", "link")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
 TIERS = 4
 FORBIDDEN_ON_A_DEVICE = (

@@ -1,0 +1,217 @@
+"""Quantized coefficients ↔ bytes. Pure: books and layouts come from the bundle, zstd does the coding (docs/codec.md).
+
+Coefficients lie in the order of their spread over the calibration frames, widest first. Neighbours form groups, small
+ones where coefficients are wide and large ones where they are almost always zero, so that each group holds about as
+much information as the next; a book lists the 255 likeliest groups of its kind, and what goes to zstd is each group's
+place in its book, one byte. One Huffman table, trained on the calibration frames and kept in a dictionary, then suits
+all of them. What no book holds is patched: the gap to the coefficient, and what to add to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from runtime.errors import PacketError
+
+Levels: TypeAlias = NDArray[np.int16]  # (n,), quantized coefficients: what both sides hold of a frame, exactly
+Longs: TypeAlias = NDArray[np.int64]
+
+BOOK_ROWS = 255
+RETRIES = 2
+MORE = 255  # a byte of a patch that says: add 255 and read on
+# Payload bytes that a frame may unfold to, for each coefficient, over its groups; the rest could only be an attack.
+MAX_PATCH_RATIO = 4
+ZSTD = {"format": zstandard.FORMAT_ZSTD1_MAGICLESS, "write_content_size": 0, "write_dict_id": 0, "write_checksum": 0}
+ZSTD_LEVEL = 1  # there is nothing to find but the Huffman table; higher levels gain under 1 % at five times the time
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """The likeliest groups of every kind."""
+
+    rows: tuple[Levels, ...]  # by kind: (up to BOOK_ROWS, group size), the first of them all zero
+
+    @property
+    def sizes(self) -> Longs:
+        """The group size of each kind."""
+        return np.array([rows.shape[1] for rows in self.rows], np.int64)
+
+
+class LevelPacker:
+    """Packs levels (n,) of one cut, rate and activity. Belongs to one thread."""
+
+    def __init__(self, count: int, books: Books, groups: Sequence[int], dictionary: bytes) -> None:
+        """Lay the groups out.
+
+        Args:
+            count: number of coefficients.
+            books: of the bundle.
+            groups: how many groups of each kind there are, in the order of the coefficients; what lies behind the
+                last group is taken for zero unless a patch says otherwise.
+            dictionary: of zstd, as trained on calibration frames; empty for none.
+
+        Raises:
+            ValueError: the groups do not fit the coefficients.
+        """
+        sizes = np.repeat(books.sizes, groups)
+        ends = np.cumsum(sizes)
+        self._covered = int(ends[-1]) if ends.size else 0
+        if self._covered > count + int(books.sizes.max()):
+            raise ValueError(f"groups of {self._covered} coefficients do not fit {count}")
+        self._count = count
+        self._starts = ends - sizes
+        kinds = np.repeat(np.arange(len(books.rows)), groups)
+        self._kinds = kinds
+        group = np.repeat(np.arange(sizes.size), sizes)
+        place = np.arange(self._covered) - self._starts[group]
+        offsets = np.concatenate([[0], np.cumsum([rows.size for rows in books.rows])])
+        self._flat = np.concatenate([rows.ravel() for rows in books.rows])
+        self._group, self._sizes = group, sizes
+        self._row_start = offsets[kinds][group] + place
+        self._row_size = sizes[group]
+        self._rows_of_kind = np.array([len(rows) for rows in books.rows], np.int64)[kinds]
+        self._find = _Finder(books)
+        self._weights = self._find.weights[place]
+        compression = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, **ZSTD)
+        shared: dict[str, Any] = {"dict_data": zstandard.ZstdCompressionDict(dictionary)} if dictionary else {}
+        self._compressor = zstandard.ZstdCompressor(compression_params=compression, **shared)
+        self._decompressor = zstandard.ZstdDecompressor(
+            format=zstandard.FORMAT_ZSTD1_MAGICLESS, max_window_size=1 << 20, **shared
+        )
+
+    def pack(self, levels: Levels) -> bytes:
+        """Return levels (n,) as bytes."""
+        return self._compressor.compress(self.symbols(levels))
+
+    def unpack(self, payload: bytes) -> Levels:
+        """Return the levels (n,) that `payload` holds.
+
+        Raises:
+            PacketError: it is not what `pack` writes.
+        """
+        most = self._sizes.size + MAX_PATCH_RATIO * self._count + 64
+        try:
+            data = self._decompressor.decompress(payload, max_output_size=most, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise PacketError(f"the payload is no zstd frame of this cut and rate: {error}") from error
+        return self.levels(data)
+
+    def symbols(self, levels: Levels) -> bytes:
+        """What zstd is given: a byte for each group, the gaps of all patches, then what they add."""
+        wide = np.zeros(max(self._count, self._covered), np.int64)
+        wide[: self._count] = levels
+        symbols, found = self._find.rows(self._kinds, self._hashes(wide))
+        for _ in range(RETRIES):
+            lost = np.flatnonzero(~found)
+            if not lost.size:
+                break
+            # Without its largest coefficient a group is likelier to be in its book; a patch then adds that one.
+            kept = wide.copy()
+            kept[self._largest(wide, lost)] = 0
+            wide_again = kept
+            again, found_again = self._find.rows(self._kinds, self._hashes(wide_again))
+            take = ~found & found_again
+            symbols[take] = again[take]
+            found |= found_again
+            wide = wide_again
+        held = self._held(symbols)
+        rest = np.zeros(max(self._count, self._covered), np.int64)
+        rest[: self._count] = levels
+        rest[: self._covered] -= held
+        places = np.flatnonzero(rest)
+        gaps = np.diff(places, prepend=-1) - 1
+        added = rest[places]
+        return symbols.tobytes() + _counted(gaps) + _counted(np.where(added < 0, -2 * added - 1, 2 * added - 2))
+
+    def levels(self, symbols: bytes) -> Levels:
+        """The way back from `symbols`.
+
+        Raises:
+            PacketError: the bytes are not what `symbols` writes.
+        """
+        head = np.frombuffer(symbols, np.uint8, count=min(len(symbols), self._sizes.size))
+        if head.size < self._sizes.size or (head >= self._rows_of_kind).any():
+            raise PacketError(f"the payload does not hold the {self._sizes.size} groups of this cut and rate")
+        wide = np.zeros(max(self._count, self._covered), np.int64)
+        wide[: self._covered] = self._held(head)
+        numbers = _uncounted(np.frombuffer(symbols, np.uint8)[head.size :])
+        if numbers.size % 2:
+            raise PacketError("the payload ends within a patch")
+        gaps, codes = np.split(numbers, 2)
+        places = np.cumsum(gaps + 1) - 1
+        if places.size and places[-1] >= wide.size:
+            raise PacketError("a patch of the payload lies behind the last coefficient")
+        wide[places] += np.where(codes % 2 == 1, -(codes + 1) // 2, codes // 2 + 1)
+        if wide[self._count :].any() or np.abs(wide).max(initial=0) > np.iinfo(np.int16).max:
+            raise PacketError("the payload holds a level out of range")
+        return wide[: self._count].astype(np.int16)
+
+    def _hashes(self, wide: Longs) -> Longs:
+        if not self._starts.size:
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(wide[: self._covered] * self._weights, self._starts)
+
+    def _held(self, symbols: NDArray[np.uint8]) -> Longs:
+        held: Longs = self._flat[self._row_start + symbols[self._group] * self._row_size].astype(np.int64)
+        return held
+
+    def _largest(self, wide: Longs, groups: Longs) -> Longs:
+        """The place of the largest coefficient of each of `groups`."""
+        sizes = self._sizes[groups]
+        places = np.repeat(self._starts[groups] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        owner = np.repeat(np.arange(groups.size), sizes)
+        # Sorted by group, then by magnitude: the last of each group is its largest.
+        order = np.lexsort((np.abs(wide[places]), owner))
+        largest: Longs = places[order[np.cumsum(sizes) - 1]]
+        return largest
+
+
+class _Finder:
+    """Finds groups in their books, by a hash that a wrong row cannot pass: `symbols` compares what was found."""
+
+    def __init__(self, books: Books) -> None:
+        generator = np.random.default_rng(0)
+        widest = int(books.sizes.max())
+        self.weights = generator.integers(1 << 20, 1 << 40, widest)
+        self._salts = generator.integers(-(1 << 62), 1 << 62, len(books.rows))
+        hashes = [rows.astype(np.int64) @ self.weights[: rows.shape[1]] + salt
+                  for rows, salt in zip(books.rows, self._salts, strict=True)]  # fmt: skip
+        flat = np.concatenate(hashes)
+        order = np.argsort(flat, kind="stable")
+        self._hashes = flat[order]
+        self._symbols = np.concatenate([np.arange(len(rows)) for rows in books.rows])[order].astype(np.uint8)
+
+    def rows(self, kinds: Longs, hashes: Longs) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The row of each group in the book of its kind (0 where there is none), and whether there is one."""
+        wanted = hashes + self._salts[kinds]
+        at = np.minimum(np.searchsorted(self._hashes, wanted), self._hashes.size - 1)
+        found = self._hashes[at] == wanted
+        return np.where(found, self._symbols[at], 0).astype(np.uint8), found
+
+
+def _counted(numbers: Longs) -> bytes:
+    """Numbers from 0 on as bytes: MORE for each whole 255, then the rest."""
+    ends = np.cumsum(numbers // MORE + 1)
+    data = np.full(int(ends[-1]) if ends.size else 0, MORE, np.uint8)
+    data[ends - 1] = numbers % MORE
+    return data.tobytes()
+
+
+def _uncounted(data: NDArray[np.uint8]) -> Longs:
+    """The way back from `_counted`.
+
+    Raises:
+        PacketError: the bytes end within a number.
+    """
+    ends = np.flatnonzero(data != MORE)
+    if data.size and (not ends.size or ends[-1] != data.size - 1):
+        raise PacketError("the payload ends within a patch")
+    if not ends.size:
+        return np.zeros(0, np.int64)
+    return np.add.reduceat(data.astype(np.int64), np.concatenate([[0], ends[:-1] + 1]))
