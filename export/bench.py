@@ -133,7 +133,7 @@ def atlas_command(
     It begins with one sentence on whether splitting pays, which may be "do not split". Both files are notes beside the
     bundle's contract: they change no digest and no bundle id.
     """
-    from export.atlas_page import to_html
+    from export.atlas_stage import write
 
     told = _given(**given)
     if out is not None and not out.is_dir():
@@ -141,9 +141,7 @@ def atlas_command(
     wanted = Wanted(codecs=True, exits=True, variants=True, rivals=rivals, clip=clip, clip_frames=clip_frames)
     made = _measure(told, wanted)
     target = out or told.bundle
-    page = to_html(made)
-    (target / "atlas.json").write_bytes(atlases.to_json(made))
-    (target / "atlas.html").write_text(page, "utf-8")
+    write(target, made)
     _print(made, as_json=as_json)
     click.echo(f"wrote {target / 'atlas.json'} and {target / 'atlas.html'}", err=True)
 

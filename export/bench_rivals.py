@@ -77,14 +77,8 @@ def judge_rivals(
         track: wraps the places of the frames, to show how far it is.
         quick: fewer qualities, and only as large as the model's input.
     """
-    side = min(bundle.manifest.preprocess.height, bundle.manifest.preprocess.width)
-    places = [
-        (rival, rate, quality, size)
-        for rival in RIVALS
-        for size in (None, *(round(side * share) for share in SHRUNK))
-        for rate, quality in enumerate(rival.qualities if size is None else rival.shrunk)
-        if not quick or (size is None and rate % 2)
-    ]
+    height, width = bundle.manifest.preprocess.height, bundle.manifest.preprocess.width
+    places = _places(min(height, width), quick=quick)
     samples = [Samples() for _ in places]
     for number in track(range(len(frames))):
         for (rival, _, quality, size), sample in zip(places, samples, strict=True):
@@ -102,6 +96,21 @@ def judge_rivals(
             side_px=size,
         )
         for (rival, rate, quality, size), sample in zip(places, samples, strict=True)
+    ]
+
+
+def count_rivals(*, quick: bool) -> int:
+    """How many pictures `judge_rivals` makes of a frame."""
+    return len(_places(224, quick=quick))
+
+
+def _places(side: int, *, quick: bool) -> list[tuple[Rival, int, int, int | None]]:
+    return [
+        (rival, rate, quality, size)
+        for rival in RIVALS
+        for size in (None, *(round(side * share) for share in SHRUNK))
+        for rate, quality in enumerate(rival.qualities if size is None else rival.shrunk)
+        if not quick or (size is None and rate % 2)
     ]
 
 
