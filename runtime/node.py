@@ -187,6 +187,10 @@ class Node:
             except PacketError as error:
                 self._refuse(request, "payload", str(error))
                 continue
+            except BundleError as error:
+                log.error("a frame of %s cannot be decoded: %s", request.client, error)
+                self._refuse(request, "bundle", str(error))
+                continue
             request.timings["queue"] = (start_ns - request.arrived_ns) / 1e6
             request.timings["decode"] = (time.monotonic_ns() - start_ns) / 1e6
             ready.append(request)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from runtime.codec import Levels
+from runtime.levels import Levels
 from runtime.references import (
     FRAME_BYTES,
     MAX_AGE,
