@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import numpy as np
+
 from runtime import packet
 from runtime.codec import CODECS, Codecs, ReferenceCodec, find_rate
 from runtime.datatypes import Tensor
@@ -37,11 +39,16 @@ class Encoder:
 
     Raises:
         ConfigError: the bundle has no such codec or rate at this cut.
+        BundleError: the codec cannot be used on this machine.
     """
 
     def __init__(self, bundle: Bundle, *, codec: str, cut: int, between_frames: bool = True) -> None:
         self.codec, self.rate = find_rate(bundle, cut, codec)
         self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self.rate)
+        spec = bundle.manifest.cuts[cut]
+        self._codec.encode(
+            np.zeros((1, *spec.shape), spec.dtype)
+        )  # what is damaged shows now, and the first frame flows
         # Asked once: what `isinstance` takes with a protocol is a tenth of a frame's encoding.
         self._against = self._codec if between_frames and isinstance(self._codec, ReferenceCodec) else None
         self._numbers = StreamNumbers()

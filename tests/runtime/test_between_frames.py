@@ -30,7 +30,7 @@ from runtime.config import BrokerConfig, CameraConfig, DeviceConfig, NodeConfig,
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, Features, Result, Tensor
 from runtime.device import Device
-from runtime.errors import PacketError
+from runtime.errors import BundleError, PacketError
 from runtime.levels import Books
 from runtime.link import Link, open_link
 from runtime.manifest import Bundle, CodecSpec, CutSpec, FileSpec, RateSpec
@@ -479,6 +479,14 @@ def test_a_decoder_that_fails_on_this_machine_does_not_end_the_node(
             assert isinstance(sender.ask(features), str)
     assert node.counters.snapshot()['packets_refused_total{reason="bundle"}'] == 2
     assert sender.count("against") == 0
+
+
+def test_an_encoder_that_does_not_fit_is_told_at_the_start(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "tiny")
+    first, second = (transform_files(cut) for cut in manifest.load(path).manifest.cuts[1:3])
+    bundle = add_transform(path, {1: {**first, "encoder.onnx": second["encoder.onnx"]}})
+    with pytest.raises(BundleError):
+        Encoder(bundle, codec=CODEC, cut=1)
 
 
 class Refuser:
