@@ -45,14 +45,13 @@ class Encoder:
     def __init__(self, bundle: Bundle, *, codec: str, cut: int, between_frames: bool = True) -> None:
         self.codec, self.rate = find_rate(bundle, cut, codec)
         self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self.rate)
-        spec = bundle.manifest.cuts[cut]
-        self._codec.encode(
-            np.zeros((1, *spec.shape), spec.dtype)
-        )  # what is damaged shows now, and the first frame flows
+        # What is damaged shows now, and the first frame does not wait for graphs to load.
+        self._codec.encode(np.zeros((1, *bundle.manifest.cuts[cut].shape), bundle.manifest.cuts[cut].dtype))
         # Asked once: what `isinstance` takes with a protocol is a tenth of a frame's encoding.
         self._against = self._codec if between_frames and isinstance(self._codec, ReferenceCodec) else None
         self._numbers = StreamNumbers()
         self._references: SentReferences[int] = SentReferences()  # by number of the camera
+        self._alone_bytes: dict[int, int] = {}  # by number of the camera: its last frame that was coded standing alone
         self._sequence = 0
         self._lock = threading.Lock()
 
@@ -76,6 +75,14 @@ class Encoder:
                 return Coded(sequence, self._codec.encode(tensor), camera)
             reference = None if alone else self._references.newest(camera, sequence)
             payload, levels = codec.encode_against(tensor, None if reference is None else reference.levels)
+            if reference is not None and len(payload) > self._alone_bytes.get(camera, 0):
+                # Another scene, perhaps: then the reference does harm.
+                by_itself, its_levels = codec.encode_against(tensor, None)
+                self._alone_bytes[camera] = len(by_itself)
+                if len(by_itself) <= len(payload):
+                    payload, levels, reference = by_itself, its_levels, None
+            elif reference is None:
+                self._alone_bytes[camera] = len(payload)
             self._references.sent(camera, sequence, levels, reference)
             return Coded(sequence, payload, camera, packet.KEEP, None if reference is None else reference.sequence)
 

@@ -436,6 +436,17 @@ def test_whatever_happens_a_decoder_makes_of_a_frame_what_one_makes_that_missed_
             break
 
 
+def test_another_scene_stands_alone(bundle: Bundle) -> None:
+    encoder = Encoder(bundle, codec=CODEC, cut=1)
+    here, there = walk(bundle, 5, seed=1), walk(bundle, 3, seed=2)
+    coded = []
+    for features in (*here[:4], *there, here[4]):
+        coded.append(encoder.encode(features.tensor, camera=0))
+        encoder.acknowledge(coded[-1].sequence)
+    assert [one.reference for one in coded] == [None, 0, 1, 2, None, 4, 5, None]
+    assert all(one.flags == KEEP for one in coded)
+
+
 def test_a_damaged_payload_is_no_reference(bundle: Bundle) -> None:
     encoder, decoder = Encoder(bundle, codec=CODEC, cut=1), Decoder(bundle)
     frames = walk(bundle, 3)
