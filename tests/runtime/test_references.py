@@ -330,6 +330,20 @@ def test_a_reference_of_long_ago_is_not_used() -> None:
         assert (sent.newest("cam", sequence) is not None) == usable, sequence
 
 
+def test_sequence_numbers_may_come_round_while_a_stream_is_idle() -> None:
+    sent: SentReferences[str] = SentReferences()
+    sent.sent("idle", 5, np.full(SIZE, 1, np.int16), None)
+    sent.sent("busy", 5, np.full(SIZE, 2, np.int16), None)
+    sent.acknowledge(5)
+    newest = sent.newest("busy", 6)
+    assert newest is not None
+    assert (newest.levels == 2).all()
+    assert sent.newest("idle", 6) is None
+    for stream in ("idle", "busy"):
+        sent.forget(stream)
+    assert (len(sent), sent.size_bytes) == (0, 0)
+
+
 def test_a_repeat_and_a_late_reply_change_nothing() -> None:
     sent: SentReferences[str] = SentReferences()
     for sequence in range(3):
