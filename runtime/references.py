@@ -94,7 +94,7 @@ class SentReferences(Generic[Stream]):
         return state.reference if age <= MAX_AGE else None
 
     def sent(self, stream: Stream, sequence: int, levels: Levels, reference: Reference | None) -> None:
-        """Keep the levels of a frame that goes up; each frame has a sequence number of its own until they come round."""
+        """Keep the levels of a frame that goes up; its sequence number is its own until they come round."""
         long_ago = self._stream_of.get(sequence)
         if long_ago is not None:
             self._land(self._streams[long_ago], sequence)
