@@ -234,11 +234,14 @@ def judge(equal: Sequence[EqualRow], times: Sequence[CutTime], ceiling: CodecRow
     # Where no picture reaches the agreement, any features that do are worth it.
     smaller = [row for row in reached if row.rival is None or (row.ratio_low is not None and row.ratio_low > 1)]
     if not smaller:
+        doubt = ""
+        if smallest.ratio is not None and smallest.ratio > 1:
+            doubt = f"; the difference is within the error of measurement on {smallest.n} frames"
         return Verdict(
             split=False,
             cut=None,
             sentence=f"Do not split: at an agreement of {wanted:.2f} the smallest features ({_place(smallest)}) "
-            f"take {_bytes(smallest.bytes_mean)} a frame, {rival}, {_bytes(smallest.rival_bytes_mean)}. "
+            f"take {_bytes(smallest.bytes_mean)} a frame, {rival}, {_bytes(smallest.rival_bytes_mean)}{doubt}. "
             f"{_alternatives(whole_ms)}",
         )
     early = [row for row in smaller if share[row.cut] <= LATE_RATIO]

@@ -106,7 +106,8 @@ def trade(atlas: Atlas, wanted: float, prefix: str, *, wide: bool) -> str:
 def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
     """Agreement among answered frames against their share, a line an exit; a dot where its threshold puts it."""
     target = max(row.target for row in atlas.alone)
-    low = math.floor(20 * target - 3) / 20
+    # Every exit shows, if only by its best frames.
+    low = max(0.0, math.floor(20 * min([target - 0.15, *(max(line.agreement) - 0.05 for line in atlas.sweeps)])) / 20)
     with style():
         made, axes = figure(*(HALF if wide else NARROW_HALF))
         labels: list[Label] = []

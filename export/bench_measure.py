@@ -141,6 +141,7 @@ def _with_clip(
     points = judge_stream(bundle, clip.frames, logits, threads, _track(report, "between frames"))
     points += judge_videos(bundle, clip.frames, logits, whole, fps, _track(report, "video codecs"))
     equal = atlases.equal_quality(points, ("stream",), ("video",), atlases.DIVERGENCES, by_kl=True, seed=seed)
+    equal += atlases.equal_quality(points, ("stream",), ("video",), atlases.AGREEMENTS, seed=seed)
     return msgspec.structs.replace(
         made,
         clip=_frames(clip),

@@ -307,7 +307,7 @@ def equal_row(cut: int, wanted: float, size: float | None, rival: float | None) 
         ((20000, 12000, 9500), 9000, None, "Do not split: at an agreement of 0.95 the smallest features"),
         ((20000, 12000, 1000), 9000, None, "when the device has done 95% of the work"),
         ((None, None, None), 9000, None, "no cut's features reach an agreement of 0.90"),
-        ((8900, 12000, 9500), 9000, None, "Do not split"),  # smaller only within the error of measurement
+        ((8900, 12000, 9500), 9000, None, "is within the error of measurement on 100 frames"),
     ],
 )
 def test_the_verdict(
