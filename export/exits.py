@@ -1,128 +1,136 @@
-"""Makes exit heads without labels: a linear map from pooled features to the whole float model's own logits.
+"""Builds exit heads as graphs: features as they stand on the wire in, logits and the guard's distance out.
 
-The penalty of the ridge regression is chosen by leaving out one group of neighbouring frames at a time, in closed
-form. Temperature and threshold come from other frames: the temperature by likelihood of the whole model's answers, the
-threshold as the least confidence at which the wanted share of answers agrees.
+A head is made of a front, which turns the features into one row of numbers, and of one linear layer (`exits_fit`). The
+front pools the features themselves, or, in a scalable branch, what the trunk's next layers make of them: EE-LLM
+(2312.04916) and Balcony (2503.05005) hang a whole layer of the trunk's kind before an exit, ADP-C (2104.00749)
+redesigns its exits as more than one linear layer. A model's own exits are taken over as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from export.graph import FRAME, LOGITS, OPSET, Index, Shape, constant, copy_of, extract, finish, tensor_info
+from export.exits_fit import LinearHead
+from export.exits_guard import Guard
+from export.graph import (
+    LOGITS,
+    OPSET,
+    Index,
+    Shape,
+    constant,
+    copy_of,
+    extract,
+    finish,
+    macs,
+    opset,
+    static_shapes,
+    tensor_info,
+)
 from export.slicing import on_wire
 from export.wires import Wire
-from runtime.datatypes import Tensor
-from runtime.manifest import Bundle, ExitSpec
-from runtime.policy import classify
-from runtime.segment import load_segments
-from runtime.segment_onnx import session_options
 
-PENALTIES = tuple(10.0**power for power in np.arange(-3.0, 4.5, 0.5))  # relative to the mean variance of a feature
+DISTANCE = "distance"  # a head's second output: float32 (batch,)
+FEATURES = "features"  # its input
+ROW = "row"  # what a front gives: float32 (batch, numbers)
+PREFIX = "kinflow/exit/"
 
-Matrix = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearHead:
-    """Logits = pooled features @ weight + bias."""
-
-    weight: NDArray[np.float32]  # (channels, classes)
-    bias: NDArray[np.float32]
-    penalty: float
+Pooling = Literal["mean", "moments", "grid"]
+POOLINGS: dict[Pooling, str] = {
+    "mean": "linear on means",
+    "moments": "linear on means and spreads",
+    "grid": "linear on means, spreads and a 2x2 grid",
+}
 
 
-def pool(features: Tensor, wire: Wire | None) -> NDArray[np.float32]:
-    """The mean over space or tokens of features as they stand on the wire: (batch, channels)."""
-    values = features.astype(np.float32)
-    if wire is not None:
-        values = (values - wire.zero_point.astype(np.float32)) * wire.scale
-    rest = tuple(range(1, features.ndim - 1))
-    pooled: NDArray[np.float32] = values.mean(axis=rest, dtype=np.float32) if rest else values
-    return pooled
+@dataclass(slots=True)
+class _Parts:
+    """Nodes and weights of a graph that grows."""
+
+    opset: int = OPSET
+    nodes: list[NodeProto] = field(default_factory=list)
+    weights: list[TensorProto] = field(default_factory=list)
+
+    def add(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Append a node; the name of its only output."""
+        name = f"{PREFIX}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], f"{name}/{op_type}", **attributes))
+        return name
+
+    def hold(self, value: NDArray[Any]) -> str:
+        """Append a constant; its name."""
+        name = f"{PREFIX}constant{len(self.weights)}"
+        self.weights.append(constant(name, value))
+        return name
+
+    def mean(self, values: str, axes: Sequence[int], *, keep: bool = False) -> str:
+        """The mean over axes, which opset 18 made an input."""
+        if self.opset >= 18:
+            return self.add("ReduceMean", [values, self.hold(np.array(axes, np.int64))], keepdims=int(keep))
+        return self.add("ReduceMean", [values], axes=list(axes), keepdims=int(keep))
 
 
-def observe(
-    bundle: Bundle, trunk: ModelProto, frames: Iterable[Tensor], wires: Sequence[Wire | None]
-) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """Pooled features at every cut, as the segments make them, and the whole float model's logits."""
-    segments, _ = load_segments(bundle, 0, len(wires) - 1)
-    session = ort.InferenceSession(trunk.SerializeToString(), session_options(1))
-    pooled: list[list[NDArray[np.float32]]] = [[] for _ in wires]
-    logits: list[Tensor] = []
-    for frame in frames:
-        logits.append(session.run([LOGITS], {FRAME: frame})[0])
-        tensor = frame
-        for index, wire in enumerate(wires):
-            tensor = segments[index].run(tensor)
-            pooled[index].append(pool(tensor, wire))
-    return [np.concatenate(rows) for rows in pooled], np.concatenate(logits)
+def pooled_front(wire: Wire | None, shape: Shape, pooling: Pooling) -> ModelProto:
+    """Pools features of `shape` on the wire: (height, width, channels), (tokens, channels) or (channels,)."""
+    parts = _Parts()
+    row = _pool(parts, _read(parts, wire, shape), shape, pooling)
+    return _front(parts, wire, shape, row, [], [])
 
 
-def fit_head(pooled: NDArray[np.float32], logits: NDArray[np.float32], groups: NDArray[np.int64]) -> LinearHead:
-    """Fit a head to the whole model's logits on the fit frames."""
-    features = pooled.astype(np.float64)
-    # What is added to all logits of a frame changes no answer, so nothing is spent on it.
-    target = logits.astype(np.float64) - logits.mean(axis=1, keepdims=True)
-    centre, spread = features.mean(axis=0), features.std(axis=0)
-    spread = np.where(spread > 1e-6 * max(1e-12, float(spread.max())), spread, 1.0)
-    scaled = (features - centre) / spread
-    offset = target.mean(axis=0)
-    left, singular, right = np.linalg.svd(scaled, full_matrices=False)
-    projected = left.T @ (target - offset)
-    penalty = min(
-        PENALTIES, key=lambda value: _held_out_error(left, singular, projected, target, offset, groups, value)
+def branch_front(
+    chain_whole: ModelProto, tensor: str, made: str, wire: Wire | None, shapes: tuple[Shape, Shape], pooling: Pooling
+) -> ModelProto:
+    """Pools what the layers between two tensors of the whole model make of the features.
+
+    Args:
+        tensor: in the graph, at the cut; `made`: the float tensor that the layers make.
+        shapes: of both in the graph, without the batch.
+    """
+    kind = "float32" if wire is None else "uint8"
+    part = extract(
+        copy_of(chain_whole),
+        [tensor_info(tensor, kind, shapes[0])],
+        [tensor_info(made, "float32", shapes[1])],
+        "branch",
     )
-    strength = penalty * len(features)
-    weight = (right.T * (singular / (singular**2 + strength))) @ projected
-    weight /= spread[:, np.newaxis]
-    return LinearHead(weight.astype(np.float32), (offset - centre @ weight).astype(np.float32), penalty)
+    parts = _Parts(opset(part))
+    first = [_channels_first(FEATURES, tensor, shapes[0])]
+    values = parts.add("Transpose", [made], perm=[0, 2, 3, 1]) if len(shapes[1]) == 3 else made
+    row = _pool(parts, values, on_wire(shapes[1]), pooling)
+    nodes = [*first, *part.graph.node]
+    return _front(parts, wire, on_wire(shapes[0]), row, nodes, list(part.graph.initializer))
 
 
-def _held_out_error(
-    left: Matrix,
-    singular: Matrix,
-    projected: Matrix,
-    target: Matrix,
-    offset: Matrix,
-    groups: NDArray[np.int64],
-    penalty: float,
-) -> float:
-    shrunk = singular**2 / (singular**2 + penalty * len(left))
-    residual = target - offset - (left * shrunk) @ projected
-    error = 0.0
-    for group in np.unique(groups):
-        rows = groups == group
-        # The mean, fitted as well, takes its own share of every frame: the constant part of the hat matrix.
-        hat = (left[rows] * shrunk) @ left[rows].T + 1 / len(left)
-        error += float((np.linalg.solve(np.eye(len(hat)) - hat, residual[rows]) ** 2).sum())
-    return error
+def statistics_front(wire: Wire | None, shape: Shape) -> ModelProto:
+    """What a guard looks at: each channel's mean and spread over the map or the tokens."""
+    return pooled_front(wire, shape, "moments")
 
 
-def head_model(head: LinearHead, wire: Wire | None, shape: Shape, name: str) -> ModelProto:
-    """A fitted head as a graph that reads the features as they stand on the wire."""
-    axes = list(range(1, len(shape)))
-    nodes = [helper.make_node("Gemm", ["pooled", "weight", "bias"], [LOGITS], "classify")]
-    if axes:
-        nodes.insert(0, helper.make_node("ReduceMean", ["values"], ["pooled"], "pool", axes=axes, keepdims=0))
-    else:
-        nodes[0].input[0] = "values"
-    weights = [constant("weight", head.weight), constant("bias", head.bias)]
-    nodes, weights = _read_wire(nodes, weights, wire, "values", shape)
+def head_model(front: ModelProto, head: LinearHead, name: str) -> ModelProto:
+    """A front and the linear layer behind it."""
+    weights = [constant(f"{name}/weight", head.weight), constant(f"{name}/bias", head.bias)]
+    classify = helper.make_node("Gemm", [ROW, *(weight.name for weight in weights)], [LOGITS], f"{name}/classify")
     graph = helper.make_graph(
-        nodes,
+        [*front.graph.node, classify],
         name,
-        [tensor_info("features", "float32" if wire is None else "uint8", shape)],
+        list(front.graph.input),
         [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", len(head.bias)])],
-        weights,
+        [*front.graph.initializer, *weights],
     )
-    return finish(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)]))
+    return finish(helper.make_model(graph, opset_imports=list(front.opset_import)))
+
+
+def head_macs(model: ModelProto) -> int:
+    """The multiply-accumulates of a head, or of a front, for one frame."""
+    fixed = copy_of(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    shapes = static_shapes(fixed)
+    return sum(macs(node, shapes) for node in fixed.graph.node)
 
 
 def own_head(whole: ModelProto, output: str, cut_tensor: str, wire: Wire | None, shape: Shape, name: str) -> ModelProto:
@@ -132,30 +140,112 @@ def own_head(whole: ModelProto, output: str, cut_tensor: str, wire: Wire | None,
     """
     declared = next(info for info in whole.graph.output if info.name == output)
     part = extract(copy_of(whole), [tensor_info(cut_tensor, "float32", shape)], [declared], name)
-    nodes, weights = list(part.graph.node), list(part.graph.initializer)
-    values = cut_tensor
-    if on_wire(shape) != shape:
-        values = "wire/values"
-        nodes.insert(0, helper.make_node("Transpose", [values], [cut_tensor], "wire/read", perm=[0, 3, 1, 2]))
-    nodes, weights = _read_wire(nodes, weights, wire, values, on_wire(shape))
+    parts = _Parts(opset(part))
+    read = _read(parts, wire, on_wire(shape))
+    nodes = [*parts.nodes, _channels_first(read, cut_tensor, shape), *part.graph.node]
+    kind = "float32" if wire is None else "uint8"
     graph = helper.make_graph(
         nodes,
         name,
-        [tensor_info("features", "float32" if wire is None else "uint8", on_wire(shape))],
+        [tensor_info(FEATURES, kind, on_wire(shape))],
         list(part.graph.output),
-        weights,
+        [*parts.weights, *part.graph.initializer],
     )
     return finish(helper.make_model(graph, opset_imports=list(part.opset_import)))
 
 
-def _read_wire(
-    nodes: list[NodeProto], weights: list[TensorProto], wire: Wire | None, values: str, shape: Shape
-) -> tuple[list[NodeProto], list[TensorProto]]:
+def guarded(head: ModelProto, guard: Guard, wire: Wire | None, shape: Shape) -> ModelProto:
+    """A head with its guard beside it, as a second output; `shape` is that of the features on the wire."""
+    parts = _Parts(opset(head))
+    row = _pool(parts, _read(parts, wire, shape), shape, "moments")
+    scaled = parts.add("Mul", [parts.add("Sub", [row, parts.hold(guard.centre)]), parts.hold(guard.scale)])
+    basis = parts.hold(guard.basis)
+    along = parts.add("MatMul", [scaled, basis])
+    off = parts.add("Sub", [scaled, parts.add("MatMul", [along, parts.hold(guard.basis.T)])])
+    sizes = (
+        parts.add("Mul", [along, parts.hold(guard.direction_scale)]),
+        parts.add("Mul", [off, parts.hold(np.array(guard.rest_scale, np.float32))]),
+    )
+    both = parts.add("Concat", sizes, axis=1)
+    # A mean over directions and statistics together, made one over the statistics alone.
+    more = np.array(1 + guard.basis.shape[1] / guard.basis.shape[0], np.float32)
+    mean = parts.add("Mul", [parts.mean(parts.add("Mul", [both, both]), [1]), parts.hold(more)])
+    # The head may have been made by the same hands: names of the guard's own.
+    own = {name for node in parts.nodes for name in node.output} | {weight.name for weight in parts.weights}
+    for node in parts.nodes:
+        node.name = f"guard/{node.name}"
+        node.input[:] = [f"guard/{name}" if name in own else name for name in node.input]
+        node.output[:] = [f"guard/{name}" for name in node.output]
+    for weight in parts.weights:
+        weight.name = f"guard/{weight.name}"
+    nodes = [*head.graph.node, *parts.nodes, helper.make_node("Sqrt", [f"guard/{mean}"], [DISTANCE], "guard/distance")]
+    graph = helper.make_graph(
+        nodes,
+        head.graph.name,
+        list(head.graph.input),
+        [head.graph.output[0], helper.make_tensor_value_info(DISTANCE, TensorProto.FLOAT, ["batch"])],
+        [*head.graph.initializer, *parts.weights],
+    )
+    return finish(helper.make_model(graph, opset_imports=list(head.opset_import)))
+
+
+def _front(
+    parts: _Parts,
+    wire: Wire | None,
+    shape: Shape,
+    row: str,
+    nodes: list[NodeProto],
+    weights: list[TensorProto],
+) -> ModelProto:
+    last = helper.make_node("Identity", [row], [ROW], f"{PREFIX}{ROW}")
+    graph = helper.make_graph(
+        [*nodes, *parts.nodes, last],
+        "front",
+        [tensor_info(FEATURES, "float32" if wire is None else "uint8", shape)],
+        [helper.make_tensor_value_info(ROW, TensorProto.FLOAT, ["batch", None])],
+        [*weights, *parts.weights],
+    )
+    return finish(helper.make_model(graph, opset_imports=[helper.make_opsetid("", parts.opset)]))
+
+
+def _read(parts: _Parts, wire: Wire | None, shape: Shape) -> str:
+    """The features as float, channels last."""
     if wire is None:
-        return [helper.make_node("Identity", ["features"], [values], "read"), *nodes], weights
-    names = ["wire/scale", "wire/zero_point"]
-    read = helper.make_node("DequantizeLinear", ["features", *names], [values], "read", axis=len(shape))
-    return [read, *nodes], [*weights, constant(names[0], wire.scale), constant(names[1], wire.zero_point)]
+        return FEATURES
+    names = [parts.hold(wire.scale), parts.hold(wire.zero_point)]
+    return parts.add("DequantizeLinear", [FEATURES, *names], axis=len(shape))
+
+
+def _channels_first(values: str, tensor: str, shape: Shape) -> NodeProto:
+    """Gives what was on the wire the layout and the name it has in the graph; `shape` is that of the graph."""
+    name = f"{PREFIX}read"
+    if on_wire(shape) != shape:
+        return helper.make_node("Transpose", [values], [tensor], name, perm=[0, 3, 1, 2])
+    return helper.make_node("Identity", [values], [tensor], name)
+
+
+def _pool(parts: _Parts, values: str, shape: Shape, pooling: Pooling) -> str:
+    axes = list(range(1, len(shape)))
+    if not axes:
+        return values
+    mean = parts.mean(values, axes, keep=True)
+    flat = parts.add("Flatten", [mean], axis=1)
+    if pooling == "mean":
+        return flat
+    away = parts.add("Sub", [values, mean])
+    spread = parts.add("Sqrt", [parts.mean(parts.add("Mul", [away, away]), axes)])
+    rows = [flat, spread]
+    if pooling == "grid" and len(shape) == 3:
+        halves = [[(0, side // 2), (side - side // 2, side)] for side in shape[:2]]
+        for top, bottom in halves[0]:
+            for left, right in halves[1]:
+                bounds = [parts.hold(np.array(value, np.int64)) for value in ([top, left], [bottom, right], [1, 2])]
+                rows.append(parts.mean(parts.add("Slice", [values, *bounds]), axes))
+    elif pooling == "grid":
+        # Of tokens the first, where transformers gather what they answer with.
+        bounds = [parts.hold(np.array([value], np.int64)) for value in (0, 1, 1)]
+        rows.append(parts.mean(parts.add("Slice", [values, *bounds]), axes))
+    return parts.add("Concat", rows, axis=1)
 
 
 def own_exit_cut(whole: ModelProto, output: str, tensors: list[str]) -> str | None:
@@ -168,45 +258,3 @@ def own_exit_cut(whole: ModelProto, output: str, tensors: list[str]) -> str | No
         if through and not any(source in node.input for node in rest):
             return tensor
     return None
-
-
-def choose_temperature(logits: NDArray[np.float32], answers: NDArray[np.int64]) -> float:
-    """The temperature under which the whole model's answers are likeliest, by golden-section search."""
-
-    def loss(power: float) -> float:
-        scaled = logits.astype(np.float64) / np.exp(power)
-        scaled -= scaled.max(axis=1, keepdims=True)
-        log_sum = np.log(np.exp(scaled).sum(axis=1))
-        return float(np.mean(log_sum - scaled[np.arange(len(answers)), answers]))
-
-    low, high, ratio = np.log(0.02), np.log(50.0), (np.sqrt(5) - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return round(float(np.exp((low + high) / 2)), 4)
-
-
-def choose_threshold(confidence: NDArray[np.float64], agrees: NDArray[np.bool_], wanted: float) -> float | None:
-    """The least confidence at which at least `wanted` of the answers agree, or None when there is none."""
-    order = np.argsort(-confidence, kind="stable")
-    ranked, hits = confidence[order], np.cumsum(agrees[order])
-    best: float | None = None
-    for place, value in enumerate(ranked):
-        last_of_ties = place + 1 == len(ranked) or ranked[place + 1] < value
-        if last_of_ties and hits[place] >= wanted * (place + 1):
-            best = float(value)
-    return best
-
-
-def calibrate(
-    cut: int, file: str, logits: NDArray[np.float32], answers: NDArray[np.int64], agreement: float
-) -> ExitSpec:
-    """Choose temperature and threshold of one exit from its logits on the threshold frames."""
-    spec = ExitSpec(
-        cut=cut, file=file, temperature=choose_temperature(logits, answers), threshold=None, agreement=agreement
-    )
-    said = [classify(row, spec) for row in logits]
-    confidence = np.array([output.confidence for output in said])
-    agrees = np.array([output.label_index for output in said]) == answers
-    threshold = choose_threshold(confidence, agrees, agreement)
-    return ExitSpec(cut=cut, file=file, temperature=spec.temperature, threshold=threshold, agreement=agreement)

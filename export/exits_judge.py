@@ -20,6 +20,7 @@ from runtime.manifest import Bundle, Measured
 from runtime.policy import ExitPolicy, classify
 from runtime.segment import load_segments
 
+CLOSE = 1e-4  # confidences of a frame alone and in a batch
 BINS = 10  # of the histogram of confidences, all equally wide
 
 
@@ -201,3 +202,14 @@ def accuracy(answers: Sequence[int] | NDArray[np.int64], labels: NDArray[np.int6
     """The share of right answers, and its 95 % interval."""
     hits = np.asarray(answers) == labels
     return float(hits.mean()), *clopper_pearson(int(hits.sum()), hits.size)
+
+
+def largest_batch(bundle: Bundle, frames: Tensor) -> int:
+    """How many frames may be run at once without changing any answer: all of `frames`, or one."""
+    try:
+        together = see(bundle, frames, batch=len(frames))
+    except BundleError:  # the batch of this graph is fixed
+        return 1
+    alone = see(bundle, frames, batch=1)
+    close = np.allclose(together.confidence, alone.confidence, rtol=0, atol=CLOSE)
+    return len(frames) if close and np.array_equal(alone.answers, together.answers) else 1

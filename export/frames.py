@@ -1,13 +1,15 @@
 """Reads the user's frames as the device will see them, and parts them by role so that no frame has two.
 
 Exits are fitted on `fit` frames, thresholds chosen on `threshold` frames, everything measured on `judge` frames:
-60, 20 and 20 of a hundred. Photos are shuffled first, by the seed. Frames of a clip are parted in contiguous blocks,
-since neighbours in time are nearly one frame, and a shuffle would put one of them on each side.
+60, 20 and 20 of a hundred, and 40, 40 and 20 of every hundred beyond the first 500. Photos are shuffled first, by the
+seed. Frames of a clip are parted in contiguous blocks, since neighbours in time are nearly one frame, and a shuffle
+would put one of them on each side.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ from runtime.preprocess import prepare
 Role = Literal["fit", "threshold", "judge"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SHARES = (0.6, 0.2)  # fit, threshold; the rest judges
+# Of more frames than so many, heads gain little from more to fit and thresholds much from more to be tested on.
+FEW = 500
+SHARES_BEYOND = (0.4, 0.4)
 CALIBRATING: tuple[Role, ...] = ("fit", "threshold")
 LEAST = 20
 FOLDS = 5  # blocks of a clip's fit frames that are held out in turn
@@ -83,7 +88,7 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
             generator.shuffle(order)
         for role, positions in zip(ROLES, _parts(order), strict=True):
             roles[role].extend(len(pixels) + position for position in positions)
-        block = max(1, -(-round(len(taken) * SHARES[0]) // FOLDS)) if is_clip else 1
+        block = max(1, -(-_bounds(len(taken))[0] // FOLDS)) if is_clip else 1
         start = max(groups, default=-1) + 1
         groups.extend(start + position // block for position in range(len(taken)))
         pixels.extend(taken)
@@ -116,9 +121,21 @@ def copies(frame: Tensor, generator: np.random.Generator) -> Iterator[Tensor]:
 
 
 def _parts(order: list[int]) -> tuple[list[int], list[int], list[int]]:
-    first = round(len(order) * SHARES[0])
-    second = round(len(order) * (SHARES[0] + SHARES[1]))
+    first, second = _bounds(len(order))
     return order[:first], order[first:second], order[second:]
+
+
+def _bounds(count: int) -> tuple[int, int]:
+    """Where the threshold frames start and end."""
+    few, beyond = min(count, FEW), max(0, count - FEW)
+    fit, threshold = (few * share + beyond * more for share, more in zip(SHARES, SHARES_BEYOND, strict=True))
+    return round(fit), round(fit + threshold)
+
+
+def frames_for(threshold_frames: int) -> int:
+    """How many frames it takes in all for so many threshold frames."""
+    beyond = max(0.0, threshold_frames - FEW * SHARES[1])
+    return math.ceil(min(FEW, threshold_frames / SHARES[1]) + beyond / SHARES_BEYOND[1])
 
 
 def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> list[Tensor]:

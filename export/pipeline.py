@@ -10,21 +10,21 @@ import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
 
-from export import exits, prove, timing
+from export import prove, timing
 from export.agreement import clopper_pearson
 from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
-from export.frames import COPIES, FrameSet, copies, load_frames
+from export.exits_stage import Trunk, choose_points, fit_exits
+from export.frames import FrameSet, load_frames
 from export.graph import write
 from export.quantize import RECIPES, Quantized, quantize
 from export.recipe import Opened, Recipe, choose_cuts, open_model
 from export.report import Report
-from export.slicing import Chain, on_wire, slice_float, slice_quantized
-from export.wires import Wire, channel_ranges
-from runtime.manifest import Bundle, ExitSpec, SegmentSpec, load, save, verify_files
+from export.slicing import Chain, slice_float, slice_quantized
+from export.wires import channel_ranges
+from runtime.manifest import Bundle, SegmentSpec, load, save, verify_files
 
 GOLDEN_FRAMES = 4
 
@@ -103,52 +103,16 @@ def _assemble(
     bundle = Bundle(scratch, msgspec.structs.replace(first, files=list_files(scratch)), "0" * 64, labels)
 
     report.stage("fit exit heads")
-    wires = quantized.wires if quantized is not None else (None,) * len(chosen)
-    models = _heads(opened, chosen, wires, bundle, frames, recipe, report)
-    for cut, model in enumerate(models, start=1):
-        write(model, scratch / _exit_file(cut))
-    report.stage("choose temperatures and thresholds")
-    specs = [_exit(place + 1) for place in range(len(chosen))]
+    trunk = Trunk(opened, chosen, chain, quantized.wires if quantized is not None else (None,) * len(chosen))
+    fitted = fit_exits(trunk, bundle, frames, recipe, report)
+    report.stage("choose thresholds")
     last = last_exit(len(chosen) + 1)
-    bundle = _with(bundle, exits=(*specs, last), files=list_files(scratch))
-    seen = prove.replay(bundle, frames.of("threshold"))
-    answers = floating[frames.roles["threshold"]].argmax(axis=1)
-    specs = [
-        exits.calibrate(spec.cut, _exit_file(spec.cut), seen.exit_logits[spec.cut], answers, recipe.agreement)
-        for spec in specs
-    ]
+    bundle = _with(bundle, exits=(*(made.spec for made in fitted), last), files=list_files(scratch))
+    specs, notes = choose_points(fitted, trunk, bundle, frames, floating.argmax(axis=1), recipe)
+    for note in notes:
+        report.note(note)
     bundle = _with(bundle, exits=(*specs, last))
     return _prove(bundle, chain, frames, floating, recipe, report, exact=exact)
-
-
-def _heads(
-    opened: Opened,
-    chosen: Sequence[Cut],
-    wires: Sequence[Wire | None],
-    bundle: Bundle,
-    frames: FrameSet,
-    recipe: Recipe,
-    report: Report,
-) -> list[ModelProto]:
-    """An exit head for every chosen cut: the model's own where it has one, else one fitted to its answers."""
-    pooled: list[NDArray[np.float32]] = []
-    logits, groups = np.empty((0, 0), np.float32), np.empty(0, np.int64)
-    if any(cut.tensor not in opened.own for cut in chosen):
-        generator = np.random.default_rng(recipe.seed)
-        fit = report.track(frames.of("fit"), "fit")
-        seen = (copy for frame in fit for copy in copies(frame, generator))
-        pooled, logits = exits.observe(bundle, opened.simplified.trunk(), seen, wires)
-        groups = np.repeat(frames.groups[frames.roles["fit"]], COPIES)
-    models = []
-    for place, (cut, wire) in enumerate(zip(chosen, wires, strict=True)):
-        name = f"exit{place + 1}"
-        own = opened.own.get(cut.tensor)
-        if own is not None:
-            models.append(exits.own_head(opened.simplified.whole, own, cut.tensor, wire, cut.shape, name))
-        else:
-            head = exits.fit_head(pooled[place], logits, groups)
-            models.append(exits.head_model(head, wire, on_wire(cut.shape), name))
-    return models
 
 
 def _prove(
@@ -175,8 +139,7 @@ def _prove(
     low, high = clopper_pearson(hits, len(judge))
     proof["whole_agreement"] = round(hits / len(judge), 6)
     proof["whole_agreement_low"], proof["whole_agreement_high"] = round(low, 6), round(high, 6)
-    measured = prove.judge_exits(bundle, seen, reference)
-    specs = tuple(msgspec.structs.replace(spec, measured=measured[spec.cut]) for spec in bundle.manifest.exits)
+    specs = prove.judge_exits(bundle, np.concatenate(judge), reference)
     cuts = prove.measure_codecs(bundle.manifest.cuts, seen.features)
     segments = _batches(bundle, chain, seen, exact=exact)
     bundle = _with(bundle, exits=specs, cuts=cuts, segments=segments)
@@ -206,14 +169,6 @@ def _profile(chain: Chain, frame: NDArray[np.uint8], scratch: Path) -> tuple[flo
     profile = {"machine": timing.machine(), "threads": 1, "whole_ms": whole_ms, "segment_ms": segment_ms}
     (scratch / "profile.json").write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return whole_ms, segment_ms
-
-
-def _exit_file(cut: int) -> str:
-    return f"exits/{cut}.onnx"
-
-
-def _exit(cut: int) -> ExitSpec:
-    return ExitSpec(cut=cut, file=_exit_file(cut), temperature=1.0, threshold=None, agreement=1.0)
 
 
 def _with(bundle: Bundle, **fields: object) -> Bundle:

@@ -10,20 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.agreement import cosine, measure
+from export.exits_judge import judge_seen, see
 from export.graph import FRAME
 from runtime import cascade
 from runtime.codec import JpegCodec, RawCodec
 from runtime.datatypes import Features, Tensor
 from runtime.errors import BundleError
-from runtime.manifest import Bundle, CodecSpec, CutSpec, Measured, RateSpec
+from runtime.manifest import Bundle, CodecSpec, CutSpec, ExitSpec, RateSpec
 from runtime.policy import ExitPolicy, classify
-from runtime.segment import Segment, load_segments
+from runtime.segment import Head, Segment, load_segments
 from runtime.segment_onnx import session_options
 
 FLOAT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below 1
@@ -111,18 +113,20 @@ def check_meaning(quantized: NDArray[np.float32], floating: NDArray[np.float32],
     return value
 
 
-def judge_exits(bundle: Bundle, replayed: Replayed, floating: NDArray[np.float32]) -> dict[int, Measured]:
-    """What each exit does on its own on the judge frames; for the last, how often it agrees with the float model."""
+def judge_exits(bundle: Bundle, frames: Tensor, floating: NDArray[np.float32]) -> tuple[ExitSpec, ...]:
+    """Every exit with what it does in the cascade at every agreement of its table; the last: alone, on all frames."""
     answers = floating.argmax(axis=1)
-    measured: dict[int, Measured] = {}
-    for spec in bundle.manifest.exits:
-        logits = replayed.exit_logits.get(spec.cut)
-        rows = np.concatenate(replayed.features[-1]) if logits is None else logits
-        said = [classify(row, spec) for row in rows]
-        agrees = np.array([output.label_index for output in said]) == answers
-        answered = np.array([spec.threshold is not None and output.confidence >= spec.threshold for output in said])
-        measured[spec.cut] = measure(answered, agrees)
-    return measured
+    seen = see(bundle, frames, batch=1)
+    rows = {(row.target, row.cut): row.measured() for row in judge_seen(bundle, seen, answers)}
+    *early, last = bundle.manifest.exits
+    specs = []
+    for spec in early:
+        points = tuple(
+            msgspec.structs.replace(point, measured=rows[point.agreement, spec.cut]) for point in spec.points
+        )
+        specs.append(msgspec.structs.replace(spec, points=points, measured=rows[spec.agreement, spec.cut]))
+    whole = measure(np.ones(len(answers), np.bool_), seen.answers[-1] == answers)
+    return (*specs, msgspec.structs.replace(last, measured=whole))
 
 
 def judge_cascade(bundle: Bundle, frames: Sequence[Tensor], floating: NDArray[np.float32]) -> dict[str, float]:
@@ -166,7 +170,7 @@ def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -
     alone = np.concatenate([session.run(None, {name: frame})[0] for frame in frames[:MAX_BATCH]])
     for size in range(2, len(alone) + 1):
         try:
-            (together,) = session.run(None, {name: np.concatenate(frames[:size])})
+            together, *_ = session.run(None, {name: np.concatenate(frames[:size])})
         except Exception:  # noqa: BLE001  onnxruntime's own errors share no public base class; any means: not this batch
             return size - 1
         same = np.array_equal(together, alone[:size])
@@ -177,7 +181,7 @@ def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -
     return len(alone)
 
 
-def _tier(bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Segment], index: int) -> cascade.Tier:
+def _tier(bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Head], index: int) -> cascade.Tier:
     behind = {cut: head for cut, head in heads.items() if cut == index + 1}
     return cascade.Tier(bundle, {index: segments[index]}, behind)
 

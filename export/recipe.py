@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from export import exits, timing
 from export.cuts import Cut, default_cuts, list_cuts, named_cuts
@@ -29,6 +30,7 @@ class Recipe:
     tiers: tuple[str, ...] = DEFAULT_TIERS
     cuts: tuple[str, ...] = ()  # empty: the default rule
     agreement: float = 0.98
+    heads: Literal["auto", "linear", "branch"] = "auto"
     target: str | None = "x86-vnni"  # None: float
     min_cosine: float = 0.98
     max_frames: int = 500

@@ -164,14 +164,14 @@ def _loosest_vector(pilot: Words, risks: Sequence[float]) -> Thresholds:
     thresholds: list[float | None] = []
     for place, risk in enumerate(risks):
         asked = left & pilot.within[place] & (risk > 0)
-        threshold = _loosest(pilot.confidence[place][asked], pilot.agrees[place][asked], risk)
+        threshold = loosest(pilot.confidence[place][asked], pilot.agrees[place][asked], risk)
         thresholds.append(threshold)
         if threshold is not None:
             left &= ~(asked & (pilot.confidence[place] >= threshold))
     return tuple(thresholds)
 
 
-def _loosest(confidence: NDArray[np.float64], agrees: Flags, risk: float) -> float | None:
+def loosest(confidence: NDArray[np.float64], agrees: Flags, risk: float) -> float | None:
     """The least confidence at which the pilot's answers, and one error more, still disagree on at most `risk`."""
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order]

@@ -1,39 +1,16 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime as ort
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.exits import calibrate, choose_temperature, choose_threshold, fit_head, head_model, pool
-from export.graph import LOGITS
+from export.exits import POOLINGS, Pooling, guarded, head_macs, head_model, pooled_front
+from export.exits_fit import choose_temperature, fit_head
+from export.exits_guard import distance_limit, fit_guard, held_out_distances
 from export.wires import Wire
-from runtime.policy import classify
-
-
-def test_threshold_is_the_least_confidence_that_keeps_the_agreement() -> None:
-    confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    agrees = np.array([True, True, False, True, False])
-    assert choose_threshold(confidence, agrees, 0.95) == 0.8
-    assert choose_threshold(confidence, agrees, 0.75) == 0.6
-    assert choose_threshold(confidence, agrees, 0.1) == 0.5
-
-
-def test_no_threshold_when_even_the_surest_answer_is_wrong() -> None:
-    assert choose_threshold(np.array([0.9, 0.8]), np.array([False, False]), 0.5) is None
-
-
-def test_frames_of_equal_confidence_answer_together() -> None:
-    assert choose_threshold(np.array([0.9, 0.9]), np.array([True, False]), 0.9) is None
-
-
-@given(st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.9]), st.booleans()), min_size=1), st.floats(0.05, 1))
-def test_a_chosen_threshold_keeps_its_promise(said: list[tuple[float, bool]], wanted: float) -> None:
-    confidence = np.array([value for value, _ in said])
-    agrees = np.array([value for _, value in said])
-    threshold = choose_threshold(confidence, agrees, wanted)
-    kept = [level for level in sorted(set(confidence)) if agrees[confidence >= level].mean() >= wanted * (1 - 1e-12)]
-    assert threshold == (kept[0] if kept else None)
+from runtime.datatypes import Tensor
 
 
 def test_temperature_undoes_a_scale() -> None:
@@ -62,26 +39,100 @@ def test_noise_is_shrunk_away() -> None:
     assert np.abs(fit_head(pooled, logits, np.arange(30)).weight).max() < 0.1
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 4), (9, 4), (4,)])
-def test_a_head_in_onnx_is_the_head_that_was_fitted(shape: tuple[int, ...]) -> None:
-    import onnxruntime as ort
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 6))
+def test_what_a_frame_is_told_with_its_group_left_out_is_what_a_fit_without_it_tells(seed: int, size: int) -> None:
+    generator = np.random.default_rng(seed)
+    pooled = generator.normal(0, 1, (60, 4)).astype(np.float32)
+    # Of equal mean and spread without any group, so that scaling is the same with and without it.
+    pooled = np.concatenate([pooled, -pooled])
+    groups = np.tile(np.arange(60) // size, 2)
+    logits = (pooled @ generator.normal(0, 1, (4, 3)) + generator.normal(0, 0.5, (120, 3))).astype(np.float32)
+    head = fit_head(pooled, logits, groups)
+    rows = groups == 0
+    features = (pooled / pooled.std(axis=0)).astype(np.float64)
+    target = logits - logits.mean(axis=1, keepdims=True)
+    strength = head.penalty * len(features)
+    design = np.hstack([features[~rows], np.ones((int((~rows).sum()), 1))])
+    ridge = np.diag([strength] * 4 + [0.0])
+    weight = np.linalg.solve(design.T @ design + ridge, design.T @ target[~rows])
+    expected = np.hstack([features[rows], np.ones((int(rows.sum()), 1))]) @ weight
+    assert np.allclose(head.held_out[rows], expected, atol=1e-3)
 
+
+SHAPES: list[tuple[int, ...]] = [(5, 6, 4), (9, 4), (4,)]
+
+
+def wire(axis: int) -> Wire:
+    generator = np.random.default_rng(1)
+    scale = generator.uniform(0.1, 1, 4).astype(np.float32)
+    return Wire("q", scale, generator.integers(0, 9, 4).astype(np.uint8), axis)
+
+
+def pooled_by_hand(features: Tensor, at: Wire | None, pooling: Pooling) -> Tensor:
+    values = features.astype(np.float32)
+    if at is not None:
+        values = (values - at.zero_point) * at.scale
+    axes = tuple(range(1, values.ndim - 1))
+    if not axes:
+        return values
+    rows = [values.mean(axis=axes)]
+    if pooling != "mean":
+        rows.append(values.std(axis=axes))
+    if pooling == "grid" and values.ndim == 4:
+        halves = [(slice(0, side // 2), slice(side - side // 2, side)) for side in values.shape[1:3]]
+        rows += [values[:, top, left].mean(axis=axes) for top in halves[0] for left in halves[1]]
+    elif pooling == "grid":
+        rows.append(values[:, 0])
+    return np.concatenate(rows, axis=1)
+
+
+@pytest.mark.parametrize("pooling", list(POOLINGS))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_head_in_onnx_is_the_head_and_the_guard_that_were_fitted(
+    shape: tuple[int, ...], pooling: Pooling, quantized: bool
+) -> None:
     generator = np.random.default_rng(0)
-    axis = len(shape)
-    wire = Wire(
-        "q", generator.uniform(0.1, 1, 4).astype(np.float32), generator.integers(0, 9, 4).astype(np.uint8), axis
-    )
-    features = generator.integers(0, 256, (2, *shape)).astype(np.uint8)
+    at = wire(len(shape)) if quantized else None
+    features = generator.integers(0, 256, (40, *shape)).astype(np.uint8 if quantized else np.float32)
     logits = generator.normal(0, 1, (40, 3)).astype(np.float32)
-    head = fit_head(generator.normal(0, 1, (40, 4)).astype(np.float32), logits, np.arange(40))
-    session = ort.InferenceSession(head_model(head, wire, shape, "h").SerializeToString())
-    (said,) = session.run([LOGITS], {"features": features})
-    assert said.shape == (2, 3)
-    assert np.allclose(said, pool(features, wire) @ head.weight + head.bias, atol=1e-3)
+    rows = pooled_by_hand(features, at, pooling).astype(np.float32)
+    statistics = pooled_by_hand(features, at, "moments").astype(np.float32)
+    head, guard = fit_head(rows, logits, np.arange(40)), fit_guard(statistics)
+    model = guarded(head_model(pooled_front(at, shape, pooling), head, "h"), guard, at, shape)
+    session = ort.InferenceSession(model.SerializeToString())
+    assert [output.name for output in session.get_outputs()] == ["logits", "distance"]
+    for batch in (features[:1], features[:7]):
+        said, distance = session.run(None, {"features": batch})
+        assert said.shape == (len(batch), 3)
+        assert distance.shape == (len(batch),)
+        assert np.allclose(said, (rows @ head.weight + head.bias)[: len(batch)], atol=2e-3)
+        assert np.allclose(distance, guard.distance(statistics)[: len(batch)], rtol=1e-3)
+    assert head_macs(model) >= rows.shape[1] * 3
 
 
-def test_the_threshold_is_a_confidence_of_the_runtime() -> None:
+def test_the_guard_holds_back_the_stated_share_of_frames_like_the_fitted_ones_and_finds_others() -> None:
     generator = np.random.default_rng(0)
-    logits = generator.normal(0, 3, (50, 4)).astype(np.float32)
-    spec = calibrate(1, "x", logits, logits.argmax(axis=1), 1.0)
-    assert spec.threshold == min(classify(row, spec).confidence for row in logits)
+    mixing = generator.normal(0, 1, (6, 40))
+
+    def draw(count: int) -> Tensor:
+        return (generator.normal(0, 1, (count, 6)) @ mixing + generator.normal(0, 0.3, (count, 40))).astype(np.float32)
+
+    shares = []
+    for _ in range(20):
+        known = draw(200)
+        limit = distance_limit(held_out_distances(known, np.arange(200)))
+        shares.append(float((fit_guard(known).distance(draw(500)) > limit).mean()))
+    assert 0.03 < np.mean(shares) < 0.07
+    guard = fit_guard(known)
+    assert (guard.distance(draw(100) + generator.normal(0, 1, (100, 40)).astype(np.float32)) > limit).mean() > 0.95
+    assert (guard.distance(4 * draw(100)) > limit).mean() > 0.9
+
+
+def test_a_channel_that_never_stirred_makes_no_frame_infinitely_far() -> None:
+    generator = np.random.default_rng(0)
+    known = np.hstack([generator.normal(0, 1, (50, 5)), np.zeros((50, 2))]).astype(np.float32)
+    distance = fit_guard(known).distance(known + np.float32(1e-3))
+    assert np.isfinite(distance).all()
+    assert distance.max() < 10

@@ -1,0 +1,294 @@
+"""The stage of an export that makes exits: fits a head at every cut, chooses the best, its temperature and its guard.
+
+Only fit frames are looked at, and of every frame only what is said of it by a head and a guard that were fitted without
+its group. That is the pilot of `risk.choose`, which then tests thresholds on frames that had no part in any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from export import exits_judge
+from export.cuts import Cut
+from export.exits import (
+    FEATURES,
+    POOLINGS,
+    ROW,
+    Pooling,
+    branch_front,
+    guarded,
+    head_macs,
+    head_model,
+    own_head,
+    pooled_front,
+    statistics_front,
+)
+from export.exits_fit import choose_temperature, fit_head
+from export.exits_guard import distance_limit, fit_guard, held_out_distances
+from export.frames import COPIES, FEW, FrameSet, copies, frames_for
+from export.graph import FRAME, LOGITS, write
+from export.recipe import Opened, Recipe
+from export.report import Report
+from export.risk import CONFIDENCE, Words, choose, frames_wanted, loosest
+from export.slicing import Chain, on_wire
+from export.wires import Wire
+from runtime.datatypes import Tensor
+from runtime.manifest import Bundle, ExitSpec, OperatingPoint
+from runtime.policy import classify
+from runtime.segment import load_segments
+from runtime.segment_onnx import session_options
+
+TABLE = (0.9, 0.95, 0.98, 0.99)  # agreements that every bundle has thresholds for, beside the user's
+OBSERVED = 16  # frames at once, where the graphs take them
+FEW_COPIES = 2  # of each fit frame, once there are many
+BRANCHES = (0.1, 0.2, 0.35)  # multiply-accumulates of a branch, as shares of those behind its cut
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """What the exits hang on."""
+
+    opened: Opened
+    chosen: Sequence[Cut]
+    chain: Chain
+    wires: Sequence[Wire | None]
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A head that may be the best at its cut, and what its front made of the fit frames and their copies."""
+
+    kind: str
+    front: ModelProto  # of a model's own exit: the whole head
+    own: bool = False
+    rows: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """An exit without threshold, and what it says of the fit frames when it was fitted without them."""
+
+    spec: ExitSpec
+    model: ModelProto
+    confidence: NDArray[np.float64]  # (fit frames,)
+    agrees: NDArray[np.bool_]
+    within: NDArray[np.bool_]
+
+
+def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, report: Report) -> list[Fitted]:
+    """Fit, compare and choose a head for every chosen cut; the model's own where it has one. Files are written."""
+    candidates = [_candidates(trunk, place, recipe.heads) for place in range(len(trunk.chosen))]
+    statistics = [Candidate("guard", statistics_front(*_at(trunk, place))) for place in range(len(trunk.chosen))]
+    fronts = [[*heads, guard] for heads, guard in zip(candidates, statistics, strict=True)]
+    count, logits = _observe(trunk, bundle, frames, fronts, recipe, report)
+    fitted = []
+    for place, cut in enumerate(trunk.chosen):
+        seen = np.concatenate(statistics[place].rows)
+        groups = np.repeat(frames.groups[frames.roles["fit"]], count)
+        # The frame itself and its mirror image: closer and darker looks would teach the guard to expect anything.
+        known = np.arange(len(groups)) % count < FEW_COPIES
+        guard = fit_guard(seen[known])
+        distances = held_out_distances(seen[known], groups[known])
+        plain = distances[:: min(count, FEW_COPIES)]
+        limit = distance_limit(plain)
+        best = max(
+            (_fit(candidate, logits, groups, count, place + 1, recipe) for candidate in candidates[place]),
+            key=lambda made: _value(made, cut, trunk.opened.macs, recipe.agreement),
+        )
+        model = guarded(best.model, guard, *_at(trunk, place))
+        write(model, bundle.path / exit_file(place + 1))
+        report.note(f"exit {place + 1}: {best.spec.kind}, {best.spec.macs / max(1, trunk.opened.macs):.2%} of the MACs")
+        spec = msgspec.structs.replace(best.spec, distance_limit=limit, macs=head_macs(model))
+        fitted.append(Fitted(spec, model, best.confidence, best.agrees, plain <= limit))
+    return fitted
+
+
+def choose_points(
+    fitted: Sequence[Fitted], trunk: Trunk, bundle: Bundle, frames: FrameSet, answers: NDArray[np.int64], recipe: Recipe
+) -> tuple[list[ExitSpec], list[str]]:
+    """Test thresholds for every agreement of the table on the threshold frames.
+
+    Args:
+        bundle: with the fitted heads, so that what is tested is what will run.
+        answers: the whole float model's class index for every frame.
+
+    Returns:
+        The exits, and a sentence for each that will never answer at the wanted agreement.
+    """
+    if not fitted:
+        return [], []
+    rows = frames.roles["threshold"]
+    batch = exits_judge.largest_batch(bundle, frames.pixels[rows][:OBSERVED])
+    tested = exits_judge.see(bundle, frames.pixels[rows], batch=batch).words(bundle, answers[rows])
+    pilot = Words(
+        np.array([made.confidence for made in fitted]),
+        np.array([made.agrees for made in fitted]),
+        np.array([made.within for made in fitted]),
+    )
+    worth = [trunk.opened.macs - cut.macs for cut in trunk.chosen]
+    table = sorted({*TABLE, recipe.agreement})
+    chosen = {agreement: choose(pilot, tested, agreement, worth) for agreement in table}
+    specs, notes = [], []
+    for place, made in enumerate(fitted):
+        threshold = chosen[recipe.agreement][place]
+        note = None if threshold is not None else _why_not(pilot, place, recipe.agreement, len(rows))
+        if note is not None:
+            notes.append(f"exit {made.spec.cut} never answers: {note}")
+        points = tuple(OperatingPoint(agreement=agreement, threshold=chosen[agreement][place]) for agreement in table)
+        specs.append(
+            msgspec.structs.replace(
+                made.spec, threshold=threshold, agreement=recipe.agreement, points=points, note=note
+            )
+        )
+    return specs, notes
+
+
+def _why_not(pilot: Words, place: int, agreement: float, tested: int) -> str:
+    said = f"{tested} threshold frames do not show an agreement of {agreement:g} with {CONFIDENCE:.0%} confidence"
+    wanted = frames_wanted(pilot, place, agreement)
+    if wanted is None:
+        return f"{said}, and it is right too seldom for more frames to help; choose a lower agreement or a deeper cut"
+    return f"{said}; about {frames_for(max(wanted, tested + 1)):,} frames in all would (--frames, --max-frames)"
+
+
+def _at(trunk: Trunk, place: int) -> tuple[Wire | None, tuple[int, ...]]:
+    return trunk.wires[place], on_wire(trunk.chosen[place].shape)
+
+
+def _candidates(trunk: Trunk, place: int, heads: str) -> list[Candidate]:
+    cut = trunk.chosen[place]
+    wire, shape = _at(trunk, place)
+    own = trunk.opened.own.get(cut.tensor)
+    if own is not None:
+        whole = trunk.opened.simplified.whole
+        model = own_head(whole, own, cut.tensor, wire, cut.shape, f"exit{place + 1}")
+        return [Candidate("the model's own exit", model, own=True)]
+    poolings: list[Pooling] = ["mean"]
+    if heads != "linear" and len(shape) > 1:
+        poolings += ["moments", "grid"]
+    found = [Candidate(POOLINGS[pooling], pooled_front(wire, shape, pooling)) for pooling in poolings]
+    branches = [] if heads == "linear" else _branches(trunk, place)
+    return branches if heads == "branch" and branches else found + branches
+
+
+def _branches(trunk: Trunk, place: int) -> list[Candidate]:
+    """Heads behind the trunk's next layers, up to the next chosen cut."""
+    cut, total = trunk.chosen[place], trunk.opened.macs
+    behind = trunk.chosen[place + 1].index if place + 1 < len(trunk.chosen) else len(trunk.opened.cuts) + 1
+    deeper = [other for other in trunk.opened.cuts if cut.index < other.index < behind and other.macs > cut.macs]
+    made = {tensor for node in trunk.chain.whole.graph.node for tensor in node.output}
+    deeper = [other for other in deeper if other.tensor in made]
+    wanted = {
+        min(deeper, key=lambda other: abs(other.macs - cut.macs - share * (total - cut.macs))).index: None
+        for share in BRANCHES
+        if deeper
+    }
+    return [
+        Candidate(
+            f"{POOLINGS['moments']} behind a branch up to {other.after}",
+            branch_front(
+                trunk.chain.whole,
+                trunk.chain.wires[place + 1],
+                other.tensor,
+                trunk.wires[place],
+                (cut.shape, other.shape),
+                "moments",
+            ),
+        )
+        for other in deeper
+        if other.index in wanted
+    ]
+
+
+def _observe(
+    trunk: Trunk,
+    bundle: Bundle,
+    frames: FrameSet,
+    fronts: Sequence[Sequence[Candidate]],
+    recipe: Recipe,
+    report: Report,
+) -> tuple[int, NDArray[np.float32]]:
+    """Give every front the features of the fit frames and their copies, as the segments make them.
+
+    Returns:
+        How many there are of each frame, itself first, and the whole float model's logits (frames and copies, classes).
+    """
+    generator = np.random.default_rng(recipe.seed)
+    fit = frames.of("fit")
+    own = all(candidate.own for heads in fronts for candidate in heads[:-1])
+    count = FEW_COPIES if own or len(fit) > FEW else COPIES
+    batch = exits_judge.largest_batch(bundle, np.concatenate(fit[:OBSERVED]))
+    segments, _ = load_segments(bundle, 0, len(fronts) - 1, threads=recipe.threads)
+    options = session_options(recipe.threads)
+    whole = ort.InferenceSession(trunk.opened.simplified.trunk().SerializeToString(), options)
+    sessions = [
+        [ort.InferenceSession(candidate.front.SerializeToString(), options) for candidate in heads] for heads in fronts
+    ]
+    logits: list[Tensor] = []
+    varied = (copy for frame in report.track(fit, "fit") for copy in islice(copies(frame, generator), count))
+    while group := list(islice(varied, batch)):
+        tensor = np.concatenate(group)
+        logits.append(whole.run([LOGITS], {FRAME: tensor})[0])
+        for place, (heads, runs) in enumerate(zip(fronts, sessions, strict=True)):
+            tensor = segments[place].run(tensor)
+            for candidate, session in zip(heads, runs, strict=True):
+                output = None if candidate.own else [ROW]
+                candidate.rows.append(session.run(output, {FEATURES: tensor})[0])
+    return count, np.concatenate(logits)
+
+
+def _fit(
+    candidate: Candidate,
+    logits: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    count: int,
+    cut: int,
+    recipe: Recipe,
+) -> Fitted:
+    rows = np.concatenate(candidate.rows)
+    if candidate.own:
+        said, model = rows[::count], candidate.front
+    else:
+        head = fit_head(rows, logits, groups)
+        said, model = head.held_out[::count], head_model(candidate.front, head, f"exit{cut}")
+    answers = logits[::count].argmax(axis=1)
+    spec = ExitSpec(
+        cut=cut,
+        file=exit_file(cut),
+        temperature=choose_temperature(said, answers),
+        threshold=None,
+        agreement=recipe.agreement,
+        kind=candidate.kind,
+        macs=head_macs(model),
+    )
+    outputs = [classify(row, spec) for row in said]
+    return Fitted(
+        spec,
+        model,
+        np.array([output.confidence for output in outputs]),
+        np.array([output.label_index for output in outputs]) == answers,
+        np.ones(len(answers), np.bool_),
+    )
+
+
+def _value(made: Fitted, cut: Cut, total: int, agreement: float) -> tuple[float, float]:
+    """What a head saves of a frame's multiply-accumulates, its own taken off, over the table; then how often right."""
+    saved = 0.0
+    for wanted in {*TABLE, agreement}:
+        threshold = loosest(made.confidence, made.agrees, 1 - wanted)
+        coverage = 0.0 if threshold is None else float((made.confidence >= threshold).mean())
+        saved += max(0.0, coverage * (total - cut.macs) - made.spec.macs)
+    return saved, float(made.agrees.mean())
+
+
+def exit_file(cut: int) -> str:
+    """Where the head at a cut lies in the bundle."""
+    return f"exits/{cut}.onnx"
