@@ -32,16 +32,21 @@ def frontier(atlas: Atlas, prefix: str, *, wide: bool) -> str:
     with style():
         made, axes = figure(*(WIDE if wide else NARROW))
         labels = _rival_lines(axes, rivals, low)
+        rated = [rows for rows in lines if not _is_plain(rows, lines)]
+        _bytes_axis(
+            axes, [row.bytes_mean for rows in (*rated, *rivals) for row in rows if row.agreement >= low], wide=wide
+        )
         for rows in lines:
             colour, marker = series(_place(atlas, rows[0].cut))
             sizes, shares = [row.bytes_mean for row in rows], [row.agreement for row in rows]
+            if rows not in rated:
+                axes.plot(sizes, shares, color=colour, marker=marker, markerfacecolor="none", markeredgewidth=1.5)
+                continue
             for row in rows:
                 axes.plot([row.bytes_mean] * 2, [row.low, row.high], color=colour, lw=1, alpha=0.35)
             axes.plot(sizes, shares, color=colour, marker=marker, markeredgecolor=GROUND, zorder=4)
             top = max(rows, key=lambda row: (row.agreement, -row.bytes_mean))
-            labels.append(Label(top.bytes_mean, top.agreement, _name(rows, lines), colour))
-        shown = [row.bytes_mean for rows in (*lines, *rivals) for row in rows if row.agreement >= low]
-        _bytes_axis(axes, shown, wide=wide)
+            labels.append(Label(top.bytes_mean, top.agreement, _name(rows, rated), colour))
         axes.set_ylim(low, 1.004)
         _percent(axes, "answers equal to the whole model's")
         if atlas.ceiling is not None and atlas.ceiling.agreement < 1:
@@ -176,6 +181,11 @@ def cheapest(rows: Sequence[EqualRow]) -> list[EqualRow]:
             if known is None or (row.bytes_mean or math.inf) < (known.bytes_mean or math.inf):
                 best[row.cut, row.wanted] = row
     return list(best.values())
+
+
+def _is_plain(rows: Curve, lines: Sequence[Curve]) -> bool:
+    """Whether these are features as they are, at a cut that has a codec with rates as well."""
+    return len(rows) == 1 and any(other[0].cut == rows[0].cut and len(other) > 1 for other in lines)
 
 
 def _rival_lines(axes: Axes, rivals: Sequence[Curve], low: float) -> list[Label]:

@@ -21,7 +21,8 @@ def to_html(atlas: Atlas) -> str:
             _figure(
                 "What an answer costs to send",
                 "Up is better, left is cheaper. A line is a cut of the network, a point one of its rates; grey is the "
-                "same frame sent as a picture to the whole model, thin where shrunk first. Whiskers: 95 % intervals.",
+                "same frame sent as a picture to the whole model, thin where shrunk first. Hollow: features as "
+                "they are, behind zstd. Whiskers: 95 % intervals.",
                 lambda prefix, wide: figures.frontier(atlas, prefix, wide=wide),
             )
         )

@@ -53,7 +53,7 @@ def bundle(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def made(bundle: Path, net: str, others: Path, clip: Path) -> Made:
     """A bundle with its atlas, and what was printed."""
-    arguments = ["--frames", others, "--clip", clip, "--clip-frames", 24, "--max-frames", 40]
+    arguments = ["--frames", others, "--clip", clip, "--clip-frames", 20, "--max-frames", 24]
     result = run("atlas", bundle, *arguments, "--model", f"{net}:plain", "--json")
     assert result.exit_code == 0, result.exception
     return bundle, json.loads(result.stdout)
@@ -86,7 +86,7 @@ def test_every_cut_codec_and_rate_has_a_row_beside_every_rival(made: Made) -> No
     assert {row["codec"] for row in rows if row["way"] == "picture"} == {"JPEG", "WebP", "AVIF"}
     assert {row["codec"] for row in rows if row["way"] == "video"} == {"H.264", "H.265"}
     assert {row["side_px"] for row in rows if row["way"] == "picture"} == {None, 23, 18}
-    assert all(row["n"] == (24 if row["way"] in ("video", "stream") else 40) for row in rows)
+    assert all(row["n"] == (20 if row["way"] in ("video", "stream") else 24) for row in rows)
     assert all(row["low"] <= row["agreement"] <= row["high"] for row in rows)
     assert all(row["bytes_p50"] <= row["bytes_p95"] for row in rows)
 
