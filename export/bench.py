@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,16 @@ import click
 from export import atlas as atlases
 from export.atlas import Atlas
 from export.bench_measure import Wanted, measure
-from export.bench_tables import show
 from export.options import input_of, takes_input
 from export.report import Report
 from export.source import InputOptions
 from runtime.errors import BundleError, CameraError
 from runtime.manifest import load
+
+# They are imported only where they are needed, but who lacks them should hear so before anything is measured.
+for _package in ("matplotlib", "av", "rich"):
+    if find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -185,4 +190,6 @@ def _print(made: Atlas, *, as_json: bool) -> None:
     if as_json:
         click.echo(atlases.to_json(made).decode())
     else:
+        from export.bench_tables import show
+
         show(made)

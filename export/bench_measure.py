@@ -16,7 +16,7 @@ from export.bench_clip import judge_stream, judge_videos
 from export.bench_codec import Judged, judge_codecs
 from export.bench_exits import judge_exits
 from export.bench_frames import Judges, Whole, clip_fps, open_whole, read_clip, read_judges
-from export.bench_rivals import judge_rivals
+from export.bench_rivals import judge_rivals, missing
 from export.bench_rows import Logits, Point
 from export.report import Report
 from export.source import InputOptions
@@ -111,6 +111,8 @@ def judge(
         points = list(judged.points)
         if wanted.rivals:
             report.stage("send the same pixels as JPEG, WebP and AVIF")
+            for rival in missing():
+                report.note(f"this OpenCV cannot write {rival}, so it is left out")
             points += judge_rivals(bundle, frames, logits, whole, _track(report, "pictures"), quick=wanted.quick)
         made = _with_codecs(made, points, judged, seed=seed, rivals=wanted.rivals)
     if wanted.exits:

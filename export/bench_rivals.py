@@ -99,6 +99,11 @@ def judge_rivals(
     ]
 
 
+def missing() -> list[str]:
+    """The picture codecs that the installed OpenCV cannot write: not every build has AVIF."""
+    return [rival.name for rival in RIVALS if not cv2.haveImageWriter(rival.suffix)]
+
+
 def count_rivals(*, quick: bool) -> int:
     """How many pictures `judge_rivals` makes of a frame."""
     return len(_places(224, quick=quick))
@@ -108,6 +113,7 @@ def _places(side: int, *, quick: bool) -> list[tuple[Rival, int, int, int | None
     return [
         (rival, rate, quality, size)
         for rival in RIVALS
+        if rival.name not in missing()
         for size in (None, *(round(side * share) for share in SHRUNK))
         for rate, quality in enumerate(rival.qualities if size is None else rival.shrunk)
         if not quick or (size is None and rate % 2)
