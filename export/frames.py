@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.camera_replay import ReplayCamera
+from runtime.camera_replay import IMAGE_SUFFIXES, ReplayCamera
 from runtime.config import CameraConfig
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError, CameraError
@@ -55,6 +55,7 @@ class FrameSet:
     roles: dict[Role, NDArray[np.int64]]  # role → positions in `pixels`
     groups: NDArray[np.int64]  # frames of one group are near each other in time, and are held out together
     sha256: str
+    names: tuple[str, ...]  # of the pictures' files, without folders; empty for frames of a clip
 
     def of(self, role: Role) -> list[Tensor]:
         """The frames of one role, each uint8 (1, height, width, 3)."""
@@ -77,11 +78,13 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
         BundleError: a source cannot be read, or there are too few frames to part.
     """
     pixels: list[Tensor] = []
+    names: list[str] = []
     roles: dict[Role, list[int]] = {role: [] for role in ROLES}
     groups: list[int] = []
     generator = np.random.default_rng(seed)
     for source in sources:
-        taken = _read(source, spec, max(1, max_frames // len(sources)))
+        taken, named = _read(source, spec, max(1, max_frames // len(sources)))
+        names.extend(named)
         order = list(range(len(taken)))
         is_clip = source.path.is_file()
         if not is_clip:
@@ -93,14 +96,15 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
         groups.extend(start + position // block for position in range(len(taken)))
         pixels.extend(taken)
     if len(pixels) < LEAST:
-        names = ", ".join(str(source.path) for source in sources)
-        raise BundleError(f"{names}: only {len(pixels)} frames; give at least {LEAST}, better some hundreds")
+        given = ", ".join(str(source.path) for source in sources)
+        raise BundleError(f"{given}: only {len(pixels)} frames; give at least {LEAST}, better some hundreds")
     stacked = np.concatenate(pixels)
     return FrameSet(
         pixels=stacked,
         roles={role: np.array(sorted(positions), np.int64) for role, positions in roles.items()},
         groups=np.array(groups, np.int64),
         sha256=hashlib.sha256(stacked.data).hexdigest(),
+        names=tuple(names),
     )
 
 
@@ -138,7 +142,7 @@ def frames_for(threshold_frames: int) -> int:
     return math.ceil(min(FEW, threshold_frames / SHARES[1]) + beyond / SHARES_BEYOND[1])
 
 
-def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> list[Tensor]:
+def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> tuple[list[Tensor], list[str]]:
     if not source.path.exists():
         raise BundleError(f"--frames {source.path} does not exist; give a folder of images or a video file")
     config = CameraConfig(
@@ -149,13 +153,13 @@ def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> list[Tensor]
         frames=source.count,
     )
     # How long a clip is shows only at its end: every step-th frame is kept, and the step doubles when that is too many.
-    kept: list[Tensor] = []
+    kept: list[tuple[int, Tensor]] = []
     step = 1
     try:
         for position, frame in enumerate(ReplayCamera("export", config).frames()):
             if position % step:
                 continue
-            kept.append(prepare(frame.pixels, spec))
+            kept.append((position, prepare(frame.pixels, spec)))
             if len(kept) >= 2 * limit:
                 kept = kept[::2]
                 step *= 2
@@ -163,4 +167,8 @@ def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> list[Tensor]
         raise BundleError(str(error).replace("camera export: ", "--frames ")) from error
     if len(kept) > limit:
         kept = [kept[place] for place in np.linspace(0, len(kept) - 1, limit).round().astype(int)]
-    return kept
+    files = sorted(path.name for path in source.path.iterdir()) if source.path.is_dir() else []
+    pictures = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return [pixels for _, pixels in kept], [
+        pictures[source.first_frame + position] if pictures else "" for position, _ in kept
+    ]

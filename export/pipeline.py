@@ -16,9 +16,11 @@ from export.agreement import clopper_pearson
 from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
+from export.exits_judge import accuracy
 from export.exits_stage import Trunk, choose_points, fit_exits
 from export.frames import FrameSet, load_frames
 from export.graph import write
+from export.labels import read_labels
 from export.quantize import RECIPES, Quantized, quantize
 from export.recipe import Opened, Recipe, choose_cuts, open_model
 from export.report import Report
@@ -50,6 +52,7 @@ def export(recipe: Recipe, out: Path, report: Report, *, force: bool = False) ->
     report.note("cuts after " + ", ".join(f"{cut.after} ({cut.macs_ratio:.0%})" for cut in chosen))
     report.stage("read frames")
     frames = load_frames(recipe.frames, opened.source.preprocess, recipe.max_frames, recipe.seed)
+    labels = None if recipe.labels is None else read_labels(recipe.labels, frames.names, labels_of(opened))
     report.note(", ".join(f"{len(positions)} {role}" for role, positions in frames.roles.items()))
     report.stage("run the whole float model")
     trunk = opened.simplified.trunk()
@@ -57,7 +60,7 @@ def export(recipe: Recipe, out: Path, report: Report, *, force: bool = False) ->
     floating = prove.run_whole(trunk, report.track(everything, "float"), recipe.threads)
     chain, quantized = _chain(opened, chosen, frames, recipe, report)
     with staging(out, force=force) as scratch:
-        bundle = _assemble(opened, chosen, chain, quantized, frames, floating, recipe, scratch, report)
+        bundle = _assemble(opened, chosen, chain, quantized, frames, floating, labels, recipe, scratch, report)
         report.stage("time the segments on this machine")
         whole_ms, segment_ms = _profile(chain, everything[0], scratch)
         save(bundle.manifest, scratch)
@@ -88,19 +91,20 @@ def _assemble(
     quantized: Quantized | None,
     frames: FrameSet,
     floating: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
     recipe: Recipe,
     scratch: Path,
     report: Report,
 ) -> Bundle:
     """Write everything but the manifest into `scratch`, prove it, and return what the manifest is to say."""
-    labels = labels_of(opened)
-    (scratch / LABELS).write_text("\n".join(labels) + "\n", "utf-8")
+    names = labels_of(opened)
+    (scratch / LABELS).write_text("\n".join(names) + "\n", "utf-8")
     (scratch / CALIBRATION).write_text(frames.calibration(), "ascii")
     for index, segment in enumerate(chain.segments):
         write(segment, scratch / segment_file(index))
     exact = quantized is not None
     first = draft(opened, chosen, chain, quantized, frames, recipe)
-    bundle = Bundle(scratch, msgspec.structs.replace(first, files=list_files(scratch)), "0" * 64, labels)
+    bundle = Bundle(scratch, msgspec.structs.replace(first, files=list_files(scratch)), "0" * 64, names)
 
     report.stage("fit exit heads")
     trunk = Trunk(opened, chosen, chain, quantized.wires if quantized is not None else (None,) * len(chosen))
@@ -112,7 +116,7 @@ def _assemble(
     for note in notes:
         report.note(note)
     bundle = _with(bundle, exits=(*specs, last))
-    return _prove(bundle, chain, frames, floating, recipe, report, exact=exact)
+    return _prove(bundle, chain, frames, floating, labels, recipe, report, exact=exact)
 
 
 def _prove(
@@ -120,6 +124,7 @@ def _prove(
     chain: Chain,
     frames: FrameSet,
     floating: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
     recipe: Recipe,
     report: Report,
     *,
@@ -139,7 +144,13 @@ def _prove(
     low, high = clopper_pearson(hits, len(judge))
     proof["whole_agreement"] = round(hits / len(judge), 6)
     proof["whole_agreement_low"], proof["whole_agreement_high"] = round(low, 6), round(high, 6)
-    specs = prove.judge_exits(bundle, np.concatenate(judge), reference)
+    truth = None if labels is None else labels[frames.roles["judge"]]
+    if truth is not None:
+        for name, logits in (("float", reference), ("whole", whole)):
+            share, low, high = accuracy(logits.argmax(axis=1), truth)
+            proof |= {f"{name}_accuracy": round(share, 6), f"{name}_accuracy_low": round(low, 6)}
+            proof[f"{name}_accuracy_high"] = round(high, 6)
+    specs = prove.judge_exits(bundle, np.concatenate(judge), reference, truth)
     cuts = prove.measure_codecs(bundle.manifest.cuts, seen.features)
     segments = _batches(bundle, chain, seen, exact=exact)
     bundle = _with(bundle, exits=specs, cuts=cuts, segments=segments)

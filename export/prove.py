@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.agreement import cosine, measure
-from export.exits_judge import judge_seen, see
+from export.exits_judge import accuracy, judge_seen, see
 from export.graph import FRAME
 from runtime import cascade
 from runtime.codec import JpegCodec, RawCodec
@@ -113,11 +113,13 @@ def check_meaning(quantized: NDArray[np.float32], floating: NDArray[np.float32],
     return value
 
 
-def judge_exits(bundle: Bundle, frames: Tensor, floating: NDArray[np.float32]) -> tuple[ExitSpec, ...]:
+def judge_exits(
+    bundle: Bundle, frames: Tensor, floating: NDArray[np.float32], labels: NDArray[np.int64] | None
+) -> tuple[ExitSpec, ...]:
     """Every exit with what it does in the cascade at every agreement of its table; the last: alone, on all frames."""
     answers = floating.argmax(axis=1)
     seen = see(bundle, frames, batch=1)
-    rows = {(row.target, row.cut): row.measured() for row in judge_seen(bundle, seen, answers)}
+    rows = {(row.target, row.cut): row.measured() for row in judge_seen(bundle, seen, answers, labels)}
     *early, last = bundle.manifest.exits
     specs = []
     for spec in early:
@@ -126,6 +128,9 @@ def judge_exits(bundle: Bundle, frames: Tensor, floating: NDArray[np.float32]) -
         )
         specs.append(msgspec.structs.replace(spec, points=points, measured=rows[spec.agreement, spec.cut]))
     whole = measure(np.ones(len(answers), np.bool_), seen.answers[-1] == answers)
+    if labels is not None:
+        right, low, high = (round(value, 6) for value in accuracy(seen.answers[-1], labels))
+        whole = msgspec.structs.replace(whole, accuracy=right, accuracy_low=low, accuracy_high=high)
     return (*specs, msgspec.structs.replace(last, measured=whole))
 
 

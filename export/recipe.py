@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from export import exits, timing
@@ -31,9 +32,10 @@ class Recipe:
     cuts: tuple[str, ...] = ()  # empty: the default rule
     agreement: float = 0.98
     heads: Literal["auto", "linear", "branch"] = "auto"
+    labels: Path | None = None  # a file with the true class of each picture
     target: str | None = "x86-vnni"  # None: float
     min_cosine: float = 0.98
-    max_frames: int = 500
+    max_frames: int = 2000
     seed: int = 0
     name: str | None = None
     threads: int = 1
