@@ -1,24 +1,23 @@
 """Judges a bundle's exits, under the bundle's own policy, on images that had no part in making it, and on shifted ones.
 
-Agreement is equality with the whole float model's own answer on the very same pixels, shifted or not. A promise counts
-as broken when the whole 95 % interval of the agreement lies below it.
+Agreement is equality with the whole float model's own answer on the very same pixels, shifted or not. What an exit
+promises holds for all frames that are answered there or at an exit before it (export/risk.py), and counts as broken
+when the whole 95 % interval of that agreement lies below it.
 """
 
 from __future__ import annotations
 
 import gzip
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from export.agreement import clopper_pearson
-from export.graph import macs
 from runtime import cascade
 from runtime.datatypes import Features
 from runtime.errors import BundleError
@@ -38,14 +37,17 @@ class Answers:
 
     exits: NDArray[np.int64]  # the cut it hangs at
     classes: NDArray[np.int64]
+    withheld: NDArray[np.int64]  # (images, cuts): 1 where an exit was sure and its guard did not know the image
 
 
 @dataclass(frozen=True, slots=True)
 class ExitRow:
-    """What one exit did, or all of them together (`cut` None)."""
+    """What one exit did, or it and all before it together."""
 
-    cut: int | None
+    cut: int
+    together: bool
     answered: int
+    withheld: int
     coverage: float  # of all images
     agreement: float | None  # of the answered; None when there are none
     low: float | None
@@ -61,7 +63,12 @@ class Judged:
     images: str
     n: int
     macs_saved: float  # share of the whole model's, the heads of the exits that were asked counted
-    rows: tuple[ExitRow, ...]  # by exit; then the early ones together; then all
+    rows: tuple[ExitRow, ...]  # by exit alone, then by exit with those before it
+
+    def kept(self, promised: float) -> bool:
+        """Whether no early exit's promise is broken."""
+        last = max(row.cut for row in self.rows)
+        return all(row.high is None or row.high >= promised for row in self.rows if row.together and row.cut < last)
 
 
 def shifts(images: Images, seed: int) -> Iterator[tuple[str, Images]]:
@@ -99,36 +106,20 @@ def others(path: Path, limit: int) -> Images:
     return np.concatenate([prepare(picture, spec) for picture in found])
 
 
-def head_macs(bundle: Bundle) -> dict[int, int]:
-    """The multiply-accumulates of every exit's head for one frame, by cut; 0 for the last."""
-    costs: dict[int, int] = {}
-    for spec in bundle.manifest.exits:
-        costs[spec.cut] = 0
-        if spec.file is None:
-            continue
-        model = onnx.shape_inference.infer_shapes(onnx.load(bundle.file(spec.file)))
-        values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
-        shapes = {
-            value.name: tuple(side.dim_value or 1 for side in value.type.tensor_type.shape.dim) for value in values
-        }
-        shapes |= {weight.name: tuple(weight.dims) for weight in model.graph.initializer}
-        costs[spec.cut] = sum(macs(node, shapes) for node in model.graph.node)
-    return costs
-
-
 def run(bundle: Bundle, tier: cascade.Tier, images: Images, policy: ExitPolicy) -> Answers:
     """Run images (images, height, width, 3) through all segments of the bundle."""
     spec = bundle.manifest.preprocess
-    exits, classes = [], []
+    exits, classes, withheld = [], [], np.zeros((len(images), len(bundle.manifest.cuts)), np.int64)
     # A larger batch than was proved to be exact would be another judge than the board is.
     size = min(BATCH, *(segment.max_batch_size for segment in bundle.manifest.segments))
     for start in range(0, len(images), size):
         batch = [Features(0, prepare(image, spec)) for image in images[start : start + size]]
-        for outcome in cascade.run(batch, tier, policy):
+        for row, outcome in enumerate(cascade.run(batch, tier, policy), start):
             assert outcome.answer is not None, "the last exit answers whatever comes"
             exits.append(outcome.answer.exit)
             classes.append(outcome.answer.label_index)
-    return Answers(np.array(exits), np.array(classes))
+            withheld[row, list(outcome.withheld)] = 1
+    return Answers(np.array(exits), np.array(classes), withheld)
 
 
 def whole_tier(bundle: Bundle) -> cascade.Tier:
@@ -141,9 +132,7 @@ def judge(
 ) -> Judged:
     """Coverage, agreement and accuracy of every exit, and the compute saved, from answers to one set of images."""
     cuts = [spec.cut for spec in bundle.manifest.exits]
-    rows = [_row(cut, answers.exits == cut, answers, whole, labels) for cut in cuts]
-    rows.append(_row(None, answers.exits < cuts[-1], answers, whole, labels))
-    rows.append(_row(None, answers.exits <= cuts[-1], answers, whole, labels))
+    rows = [_row(cut, together, answers, whole, labels) for together in (False, True) for cut in cuts]
     return Judged(words, len(whole), _saved(bundle, answers), tuple(rows))
 
 
@@ -166,28 +155,24 @@ def measured_saving(bundle: Bundle, tier: cascade.Tier, images: Images) -> tuple
 
 
 def _row(
-    cut: int | None,
-    rows: NDArray[np.bool_],
-    answers: Answers,
-    whole: NDArray[np.int64],
-    labels: NDArray[np.int64] | None,
+    cut: int, together: bool, answers: Answers, whole: NDArray[np.int64], labels: NDArray[np.int64] | None
 ) -> ExitRow:
-    said = int(rows.sum())
+    rows = answers.exits <= cut if together else answers.exits == cut
+    said, withheld = int(rows.sum()), int(answers.withheld[:, cut].sum())
     if said == 0:
-        return ExitRow(cut, 0, 0.0, None, None, None, None, None)
+        return ExitRow(cut, together, 0, withheld, 0.0, None, None, None, None, None)
     hits = int((answers.classes == whole)[rows].sum())
     low, high = clopper_pearson(hits, said)
     right = None if labels is None else float((answers.classes == labels)[rows].mean())
     whole_right = None if labels is None else float((whole == labels)[rows].mean())
-    return ExitRow(cut, said, said / len(whole), hits / said, low, high, right, whole_right)
+    return ExitRow(cut, together, said, withheld, said / len(whole), hits / said, low, high, right, whole_right)
 
 
 def _saved(bundle: Bundle, answers: Answers) -> float:
-    heads = head_macs(bundle)
-    ends: Sequence[int] = np.cumsum([segment.macs for segment in bundle.manifest.segments]).tolist()
+    ends = np.cumsum([segment.macs for segment in bundle.manifest.segments]).tolist()
     policy = ExitPolicy.of(bundle)
-    cost = {
-        cut: ends[cut - 1] + sum(spent for at, spent in heads.items() if at <= cut and policy.may_answer(at))
-        for cut in heads
-    }
-    return 1 - float(np.mean([cost[int(cut)] for cut in answers.exits])) / ends[-1]
+    cost, asked = {}, 0
+    for spec in bundle.manifest.exits:
+        asked += spec.macs if policy.may_answer(spec.cut) else 0
+        cost[spec.cut] = ends[spec.cut - 1] + asked
+    return 1 - float(np.mean([cost[int(cut)] for cut in answers.exits])) / float(ends[-1])
