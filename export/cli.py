@@ -46,6 +46,14 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
     help="Share of an exit's answers that must equal the whole float model's.",
 )
 @click.option(
+    "--sensitivity",
+    type=click.Choice(["gradients", "probes"]),
+    default="gradients",
+    show_default=True,
+    help="How to find what the answer depends on: by gradients where torch can run the model, else by probes, or "
+    "always by probes.",
+)
+@click.option(
     "--heads",
     type=click.Choice(["auto", "linear", "branch"]),
     default="auto",
@@ -81,6 +89,7 @@ def export_command(
     cuts: str | None,
     tiers: str,
     agreement: float,
+    sensitivity: Literal["gradients", "probes"],
     heads: Literal["auto", "linear", "branch"],
     labels: Path | None,
     target: str,
@@ -127,6 +136,7 @@ def export_command(
         tiers=_tiers(tiers),
         cuts=tuple(filter(None, (part.strip() for part in (cuts or "").split(",")))),
         agreement=agreement,
+        sensitivity=sensitivity,
         heads=heads,
         labels=labels,
         target=None if as_float else target,

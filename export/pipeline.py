@@ -1,4 +1,5 @@
-"""The stages of an export, in order: open, simplify, cut, read frames, quantize, slice, fit exits, prove, write."""
+"""The stages of an export, in order: open, simplify, cut, read frames, quantize, slice, fit exits,
+fit codecs, prove, write."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from export import prove, timing
 from export.agreement import clopper_pearson
 from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
+from export.codecs import fit_codecs, measure_codecs
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
 from export.exits_judge import accuracy
@@ -116,6 +118,8 @@ def _assemble(
     for note in notes:
         report.note(note)
     bundle = _with(bundle, exits=(*specs, last))
+    cuts = fit_codecs(opened, chosen, trunk.wires, bundle, frames, floating, recipe, report)
+    bundle = _with(bundle, cuts=cuts, files=list_files(scratch))
     return _prove(bundle, chain, frames, floating, labels, recipe, report, exact=exact)
 
 
@@ -151,7 +155,7 @@ def _prove(
             proof |= {f"{name}_accuracy": round(share, 6), f"{name}_accuracy_low": round(low, 6)}
             proof[f"{name}_accuracy_high"] = round(high, 6)
     specs = prove.judge_exits(bundle, np.concatenate(judge), reference, truth)
-    cuts = prove.measure_codecs(bundle.manifest.cuts, seen.features)
+    cuts = measure_codecs(bundle, seen.features, reference, report)
     segments = _batches(bundle, chain, seen, exact=exact)
     bundle = _with(bundle, exits=specs, cuts=cuts, segments=segments)
     proof |= prove.judge_cascade(bundle, judge, reference)

@@ -20,16 +20,15 @@ from export.agreement import cosine, measure
 from export.exits_judge import accuracy, judge_seen, see
 from export.graph import FRAME
 from runtime import cascade
-from runtime.codec import JpegCodec, RawCodec
+from runtime.codec import RawCodec
 from runtime.datatypes import Features, Tensor
 from runtime.errors import BundleError
-from runtime.manifest import Bundle, CodecSpec, CutSpec, ExitSpec, RateSpec
+from runtime.manifest import Bundle, ExitSpec
 from runtime.policy import ExitPolicy, classify
 from runtime.segment import Head, Segment, load_segments
 from runtime.segment_onnx import session_options
 
 FLOAT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below 1
-JPEG_QUALITIES = (50, 75, 90)
 MAX_BATCH = 8
 
 
@@ -148,26 +147,6 @@ def judge_cascade(bundle: Bundle, frames: Sequence[Tensor], floating: NDArray[np
     return proof
 
 
-def measure_codecs(cuts: Sequence[CutSpec], features: Sequence[Sequence[Tensor]]) -> tuple[CutSpec, ...]:
-    """Every cut with the codecs it can be sent with, and their bytes on the judge frames; the last cut is not sent."""
-    measured: list[CutSpec] = []
-    for place, (cut, tensors) in enumerate(zip(cuts, features, strict=True)):
-        codecs: list[CodecSpec] = []
-        if place < len(cuts) - 1:
-            raw = RawCodec(cut)
-            codecs.append(CodecSpec(name="raw", rates=(_rate(0, [len(raw.encode(tensor)) for tensor in tensors]),)))
-        if place == 0:
-            rates = []
-            for quality in JPEG_QUALITIES:
-                jpeg = JpegCodec(cut, quality)
-                rates.append(_rate(quality, [len(jpeg.encode(tensor)) for tensor in tensors]))
-            codecs.append(CodecSpec(name="jpeg", rates=tuple(rates)))
-        measured.append(
-            CutSpec(after=cut.after, tensor=cut.tensor, shape=cut.shape, dtype=cut.dtype, codecs=tuple(codecs))
-        )
-    return tuple(measured)
-
-
 def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -> int:
     """The largest batch, up to MAX_BATCH, such that it and every smaller one give each frame its own answer."""
     session = ort.InferenceSession(model.SerializeToString(), session_options(1))
@@ -189,11 +168,3 @@ def largest_batch(model: ModelProto, frames: Sequence[Tensor], *, exact: bool) -
 def _tier(bundle: Bundle, segments: Mapping[int, Segment], heads: Mapping[int, Head], index: int) -> cascade.Tier:
     behind = {cut: head for cut, head in heads.items() if cut == index + 1}
     return cascade.Tier(bundle, {index: segments[index]}, behind)
-
-
-def _rate(parameter: float, sizes: Sequence[int]) -> RateSpec:
-    return RateSpec(
-        parameter=parameter,
-        bytes_p50=int(np.percentile(sizes, 50, method="higher")),
-        bytes_p95=int(np.percentile(sizes, 95, method="higher")),
-    )

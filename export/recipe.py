@@ -33,6 +33,7 @@ class Recipe:
     agreement: float = 0.98
     heads: Literal["auto", "linear", "branch"] = "auto"
     labels: Path | None = None  # a file with the true class of each picture
+    sensitivity: Literal["gradients", "probes"] = "gradients"
     target: str | None = "x86-vnni"  # None: float
     min_cosine: float = 0.98
     max_frames: int = 2000

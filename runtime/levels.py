@@ -24,6 +24,7 @@ Longs: TypeAlias = NDArray[np.int64]
 
 BOOK_ROWS = 255
 RETRIES = 2
+PLACE_BITS = 32
 MORE = 255  # a byte of a patch that says: add 255 and read on
 # Payload bytes that a frame may unfold to, for each coefficient, over its groups; the rest could only be an attack.
 MAX_PATCH_RATIO = 4
@@ -106,27 +107,22 @@ class LevelPacker:
         """What zstd is given: a byte for each group, the gaps of all patches, then what they add."""
         wide = np.zeros(max(self._count, self._covered), np.int64)
         wide[: self._count] = levels
-        symbols, found = self._find.rows(self._kinds, self._hashes(wide))
+        left = wide.copy()
+        hashes = self._hashes(wide)
+        symbols, found = self._find.rows(self._kinds, hashes)
         for _ in range(RETRIES):
             lost = np.flatnonzero(~found)
             if not lost.size:
                 break
             # Without its largest coefficient a group is likelier to be in its book; a patch then adds that one.
-            kept = wide.copy()
-            kept[self._largest(wide, lost)] = 0
-            wide_again = kept
-            again, found_again = self._find.rows(self._kinds, self._hashes(wide_again))
-            take = ~found & found_again
-            symbols[take] = again[take]
-            found |= found_again
-            wide = wide_again
-        held = self._held(symbols)
-        rest = np.zeros(max(self._count, self._covered), np.int64)
-        rest[: self._count] = levels
-        rest[: self._covered] -= held
-        places = np.flatnonzero(rest)
+            largest = self._largest(left, lost)
+            hashes[lost] -= left[largest] * self._weights[largest]
+            left[largest] = 0
+            symbols[lost], found[lost] = self._find.rows(self._kinds[lost], hashes[lost])
+        wide[: self._covered] -= self._held(symbols)
+        places = np.flatnonzero(wide)
         gaps = np.diff(places, prepend=-1) - 1
-        added = rest[places]
+        added = wide[places]
         return symbols.tobytes() + _counted(gaps) + _counted(np.where(added < 0, -2 * added - 1, 2 * added - 2))
 
     def levels(self, symbols: bytes) -> Levels:
@@ -155,7 +151,8 @@ class LevelPacker:
     def _hashes(self, wide: Longs) -> Longs:
         if not self._starts.size:
             return np.zeros(0, np.int64)
-        return np.add.reduceat(wide[: self._covered] * self._weights, self._starts)
+        hashes: Longs = np.add.reduceat(wide[: self._covered] * self._weights, self._starts)
+        return hashes
 
     def _held(self, symbols: NDArray[np.uint8]) -> Longs:
         held: Longs = self._flat[self._row_start + symbols[self._group] * self._row_size].astype(np.int64)
@@ -164,12 +161,11 @@ class LevelPacker:
     def _largest(self, wide: Longs, groups: Longs) -> Longs:
         """The place of the largest coefficient of each of `groups`."""
         sizes = self._sizes[groups]
-        places = np.repeat(self._starts[groups] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        owner = np.repeat(np.arange(groups.size), sizes)
-        # Sorted by group, then by magnitude: the last of each group is its largest.
-        order = np.lexsort((np.abs(wide[places]), owner))
-        largest: Longs = places[order[np.cumsum(sizes) - 1]]
-        return largest
+        starts = np.cumsum(sizes) - sizes
+        places = np.arange(sizes.sum()) + np.repeat(self._starts[groups] - starts, sizes)
+        # The place rides in the low bits, so that one reduction finds both.
+        found: Longs = np.maximum.reduceat((np.abs(wide[places]) << PLACE_BITS) | places, starts)
+        return found & ((1 << PLACE_BITS) - 1)
 
 
 class _Finder:
