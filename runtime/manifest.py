@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
+from runtime.bundle_files import present, verified
 from runtime.errors import BundleError
 
 FORMAT = 2  # 2: codec transform, tables of exit thresholds, variants; 1 is read as well
@@ -88,16 +89,6 @@ class CutSpec(_Struct, frozen=True):
     codecs: tuple[CodecSpec, ...] = ()
 
 
-class SegmentSpec(_Struct, frozen=True):
-    """The layers between cut k and cut k + 1: one ONNX file with one input and one output."""
-
-    file: str
-    macs: int  # multiply-accumulates for one frame
-    max_batch_size: Annotated[int, msgspec.Meta(ge=1)] = (
-        1  # the largest batch for which each answer was proved equal to that of a batch of one
-    )
-
-
 class Measured(_Struct, frozen=True):
     """What an exit did on the frames it was judged on, none of which had a part in fitting it.
 
@@ -138,6 +129,31 @@ class ExitSpec(_Struct, frozen=True):
     kind: str = "linear"  # what the head is made of, in words
     macs: int = 0  # of the head for one frame
     note: str | None = None  # why it never answers, where it does not
+
+
+class VariantSpec(_Struct, frozen=True):
+    """A smaller stand-in for a segment: same input, same output at the same scale, so every deeper segment takes it."""
+
+    file: str
+    macs: int
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1)]
+    cosine: float  # of the features at its cut with the segment's own, mean over judge frames
+    agreement: float  # of all judge frames, through all deeper segments, with the whole float model
+    agreement_low: float  # 95 % Clopper-Pearson interval
+    agreement_high: float
+    n: int  # judge frames
+    exits: tuple[ExitSpec, ...]  # in place of the manifest's: thresholds tested, and measured, behind this variant
+
+
+class SegmentSpec(_Struct, frozen=True):
+    """The layers between cut k and cut k + 1: one ONNX file with one input and one output."""
+
+    file: str
+    macs: int  # multiply-accumulates for one frame
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1)] = (
+        1  # the largest batch for which each answer was proved equal to that of a batch of one
+    )
+    variants: tuple[VariantSpec, ...] = ()  # of the first segment only; variant 1 first, each faster than the last
 
 
 class TierSpec(_Struct, frozen=True):
@@ -210,7 +226,7 @@ class Bundle:
         spec = next((spec for spec in self.manifest.files if spec.path == relative), None)
         if spec is None:
             raise BundleError(f"{relative} is not in the manifest's list of files; export the bundle again")
-        return _verified(self.path, spec)
+        return verified(self.path, spec.path, spec.size_bytes, spec.sha256)
 
 
 def save(manifest: Manifest, directory: Path) -> str:
@@ -235,7 +251,7 @@ def load(path: Path) -> Bundle:
     manifest = _decode(data)
     _check_structure(manifest)
     for spec in manifest.files:
-        _present(path, spec)
+        present(path, spec.path, spec.size_bytes)
     bundle = Bundle(path=path, manifest=manifest, id=hashlib.sha256(data).hexdigest(), labels=())
     try:
         labels = bundle.file(manifest.labels).read_text("utf-8").splitlines()
@@ -255,7 +271,7 @@ def verify_files(bundle: Bundle) -> None:
     """
     known = {spec.path for spec in bundle.manifest.files}
     for spec in bundle.manifest.files:
-        _verified(bundle.path, spec)
+        verified(bundle.path, spec.path, spec.size_bytes, spec.sha256)
     for path in sorted(bundle.path.rglob("*")):
         relative = path.relative_to(bundle.path).as_posix()
         if path.is_file() and relative not in known and relative != MANIFEST and relative not in NOTES:
@@ -287,22 +303,33 @@ def _check_structure(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST} is damaged: cut 0 must be the frame, uint8 {pixels}")
     if any(math.prod(spec.shape) > MAX_ELEMENTS for spec in manifest.cuts):
         raise BundleError(f"{MANIFEST} is damaged: a cut has more than {MAX_ELEMENTS} elements")
-    cuts = [spec.cut for spec in manifest.exits]
-    if cuts != sorted(set(cuts)) or not cuts or cuts[-1] != segments or cuts[0] < 1:
-        raise BundleError(f"{MANIFEST} is damaged: exits must be in order and end with the model's own, not {cuts}")
-    if any(_unlike_table(spec, manifest.exits[0]) for spec in manifest.exits[:-1]):
-        raise BundleError(f"{MANIFEST} is damaged: the exits' tables of agreements differ or lack the exit's own")
-    if any((spec.file is None) != (spec.cut == segments) for spec in manifest.exits):
-        raise BundleError(f"{MANIFEST} is damaged: every exit but the last needs a file")
+    _check_exits(manifest.exits, segments)
+    for variant in manifest.segments[0].variants:
+        _check_exits(variant.exits, segments)
+        if [spec.file for spec in variant.exits] != [spec.file for spec in manifest.exits]:
+            raise BundleError(f"{MANIFEST} is damaged: the exits behind {variant.file} are not the bundle's")
+    if any(spec.variants for spec in manifest.segments[1:]):
+        raise BundleError(f"{MANIFEST} is damaged: only the first segment may have variants")
     lasts = [spec.last_segment for spec in manifest.tiers]
     if lasts != sorted(set(lasts)) or not lasts or lasts[-1] != segments - 1 or lasts[0] < 0:
         raise BundleError(f"{MANIFEST} is damaged: tiers must take all {segments} segments in order, not {lasts}")
     listed = {spec.path for spec in manifest.files}
     used = [manifest.labels, manifest.golden, *(spec.file for spec in manifest.segments)]
+    used += [variant.file for variant in manifest.segments[0].variants]
     used += [name for cut in manifest.cuts for codec in cut.codecs for name in codec.files]
     for name in [*used, *(spec.file for spec in manifest.exits if spec.file is not None)]:
         if name not in listed:
             raise BundleError(f"{MANIFEST} is damaged: {name} is used but not in the list of files")
+
+
+def _check_exits(exits: tuple[ExitSpec, ...], segments: int) -> None:
+    cuts = [spec.cut for spec in exits]
+    if cuts != sorted(set(cuts)) or not cuts or cuts[-1] != segments or cuts[0] < 1:
+        raise BundleError(f"{MANIFEST} is damaged: exits must be in order and end with the model's own, not {cuts}")
+    if any(_unlike_table(spec, exits[0]) for spec in exits[:-1]):
+        raise BundleError(f"{MANIFEST} is damaged: the exits' tables of agreements differ or lack the exit's own")
+    if any((spec.file is None) != (spec.cut == segments) for spec in exits):
+        raise BundleError(f"{MANIFEST} is damaged: every exit but the last needs a file")
 
 
 def _unlike_table(spec: ExitSpec, first: ExitSpec) -> bool:
@@ -310,32 +337,3 @@ def _unlike_table(spec: ExitSpec, first: ExitSpec) -> bool:
     if list(table) != [point.agreement for point in first.points]:
         return True
     return bool(table) and table.get(spec.agreement, math.nan) != spec.threshold
-
-
-def _contained(root: Path, relative: str) -> Path:
-    pure = PurePosixPath(relative)
-    path = root / relative
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{relative} points outside the bundle; do not use this bundle")
-    return path
-
-
-def _present(root: Path, spec: FileSpec) -> Path:
-    path = _contained(root, spec.path)
-    if not path.is_file():
-        raise BundleError(f"{spec.path} is missing from the bundle; copy the bundle again")
-    size = path.stat().st_size
-    if size != spec.size_bytes:
-        raise BundleError(f"{spec.path} has {size} bytes, the manifest says {spec.size_bytes}; copy the bundle again")
-    return path
-
-
-def _verified(root: Path, spec: FileSpec) -> Path:
-    path = _present(root, spec)
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != spec.sha256:
-        raise BundleError(f"{spec.path} is not the file that was exported: its SHA-256 differs; copy the bundle again")
-    return path

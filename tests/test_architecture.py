@@ -18,7 +18,7 @@ MAX_LINES = 350
 # A module may import from its own layer and from those above it in this table, never from one below.
 LAYERS = (
     {"datatypes", "errors", "counters"},
-    {"manifest", "config", "packet", "topics"},
+    {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
     {"preprocess", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
     {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
