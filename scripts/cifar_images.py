@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -26,17 +25,6 @@ TRAIN_FILES = tuple(f"data_batch_{number}.png" for number in range(1, 6))
 
 Images = NDArray[np.uint8]  # (images, 32, 32, 3), RGB
 Labels = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Cifar:
-    """The images by who may see them."""
-
-    train: Images  # 45,000, with labels, for the network's own training
-    train_labels: Labels
-    held_out: Images  # 5,000, without labels: exits and codec are fitted on these
-    test: Images  # 10,000, for judging only
-    test_labels: Labels
 
 
 def fetch(cache: Path) -> Path:
@@ -62,18 +50,26 @@ def fetch(cache: Path) -> Path:
     return folder
 
 
-def load(cache: Path) -> Cifar:
-    """Read all images, fetching them first if need be."""
+def training(cache: Path) -> tuple[Images, Labels]:
+    """45,000 images with labels, for a network's own training; fetched first if need be."""
     folder = fetch(cache)
-    train = np.concatenate([_read(folder / name) for name in TRAIN_FILES])
-    labels = np.array(json.loads((folder / "train_lables.json").read_text("utf-8")), np.int64)
-    return Cifar(
-        train=train[:-HELD_OUT],
-        train_labels=labels[:-HELD_OUT],
-        held_out=train[-HELD_OUT:],
-        test=_read(folder / "test_batch.png"),
-        test_labels=np.array(json.loads((folder / "test_lables.json").read_text("utf-8")), np.int64),
-    )
+    images = np.concatenate([_read(folder / name) for name in TRAIN_FILES])
+    return images[:-HELD_OUT], _labels(folder / "train_lables.json")[:-HELD_OUT]
+
+
+def held_out(cache: Path) -> Images:
+    """5,000 training images without their labels: exits and codecs are fitted on these."""
+    return _read(fetch(cache) / TRAIN_FILES[-1])[-HELD_OUT:]
+
+
+def test(cache: Path) -> tuple[Images, Labels]:
+    """10,000 images with labels, for judging only."""
+    folder = fetch(cache)
+    return _read(folder / "test_batch.png"), _labels(folder / "test_lables.json")
+
+
+def _labels(path: Path) -> Labels:
+    return np.array(json.loads(path.read_text("utf-8")), np.int64)
 
 
 def _read(path: Path) -> Images:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cifar_images
 import cifar_network
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ class Plan:
     checkpoint: Path = Path("training.pt")
 
 
-def train(images: cifar_images.Cifar, plan: Plan, weights: Path) -> float:
+def train(images: NDArray[np.uint8], labels: NDArray[np.int64], plan: Plan, weights: Path) -> float:
     """Train, or go on after the last whole epoch of the checkpoint; write the weights; return the CPU seconds used."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
@@ -57,18 +56,18 @@ def train(images: cifar_images.Cifar, plan: Plan, weights: Path) -> float:
     else:
         mean.load_state_dict(network.state_dict())
     started = time.process_time()
-    batches = len(images.train) // BATCH
+    batches = len(images) // BATCH
     for epoch in range(first, plan.epochs):
         generator = np.random.default_rng((plan.seed, epoch))
-        order = generator.permutation(len(images.train))[: batches * BATCH].reshape(batches, BATCH)
+        order = generator.permutation(len(images))[: batches * BATCH].reshape(batches, BATCH)
         network.train()
         total = 0.0
         for number, rows in enumerate(order):
             rate = _rate((epoch * batches + number + 1) / (plan.epochs * batches))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            pixels = augment(images.train[rows], generator, SMALL if epoch < SMALL_EPOCHS else 32)
-            loss = _loss(network(_normalised(pixels)), torch.from_numpy(images.train_labels[rows]))
+            pixels = augment(images[rows], generator, SMALL if epoch < SMALL_EPOCHS else 32)
+            loss = _loss(network(_normalised(pixels)), torch.from_numpy(labels[rows]))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -78,7 +77,7 @@ def train(images: cifar_images.Cifar, plan: Plan, weights: Path) -> float:
         state = {"network": network.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({**state, "epoch": epoch + 1, "cpu_seconds": used}, plan.checkpoint.with_suffix(".new"))
         plan.checkpoint.with_suffix(".new").replace(plan.checkpoint)
-        right = ", ".join(f"{share:.4f}" for share in accuracy(mean, images.train[:2000], images.train_labels[:2000]))
+        right = ", ".join(f"{share:.4f}" for share in accuracy(mean, images[:2000], labels[:2000]))
         print(
             f"epoch {epoch + 1} of {plan.epochs}: loss {total / batches:.4f}, right on 2,000 images it learnt from "
             f"{right}, {used / 60:.1f} CPU-minutes",
