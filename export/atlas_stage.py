@@ -15,6 +15,7 @@ from export.bench_frames import LEAST, Judges, Whole
 from export.bench_measure import Wanted, judge
 from export.bench_rivals import count_rivals
 from export.frames import FrameSet
+from export.recipe import Recipe
 from export.report import Report
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
@@ -24,15 +25,7 @@ PICTURE_MS = 15.0  # to encode and decode one, near enough for planning
 
 
 def write_atlas(
-    bundle: Bundle,
-    frames: FrameSet,
-    trunk: ModelProto,
-    sources: Sequence[str],
-    *,
-    whole_ms: float,
-    threads: int,
-    seed: int,
-    report: Report,
+    bundle: Bundle, frames: FrameSet, trunk: ModelProto, recipe: Recipe, whole_ms: float, report: Report
 ) -> None:
     """Judge a staged bundle and write atlas.json and atlas.html into it.
 
@@ -40,20 +33,18 @@ def write_atlas(
         bundle: complete but for its notes.
         frames: its judge frames are used, or some of them, spread evenly.
         trunk: the whole float model.
-        sources: where the frames come from, without folders.
+        recipe: says where the frames come from, and with how many threads to run.
         whole_ms: what all segments take for one frame.
-        threads: for every model.
-        seed: of the bootstrap.
         report: told what is done.
     """
     report.stage("measure the atlas")
-    whole = Whole(trunk, threads)
+    whole = Whole(trunk, recipe.threads)
     mine = frames.of("judge")
     count = _affordable(bundle, whole, mine, whole_ms)
     chosen = [mine[place] for place in np.linspace(0, len(mine) - 1, count).round().astype(int)]
-    judges = Judges(tuple(chosen), 0, checked=True, sources=tuple(sources))
+    judges = Judges(tuple(chosen), 0, checked=True, sources=tuple(source.path.name for source in recipe.frames))
     wanted = Wanted(codecs=True, exits=True, variants=True, quick=True)
-    made = judge(bundle, judges, whole, wanted, threads=threads, seed=seed, report=report)
+    made = judge(bundle, judges, whole, wanted, threads=recipe.threads, seed=recipe.seed, report=report)
     if made.verdict is not None:
         report.note(made.verdict.sentence)
     write(bundle.path, made)

@@ -224,6 +224,7 @@ def _print_summary(exported: Exported) -> None:
     click.echo(
         f"wrote {exported.bundle.path}: {_total_bytes(exported.bundle) / 1e6:.1f} MB, id {exported.bundle.id[:16]}"
     )
+    click.echo(f"what it costs and gives, measured: {exported.bundle.path / 'atlas.html'}")
 
 
 def _print_json(exported: Exported) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from export import prove, timing
 from export.agreement import clopper_pearson
+from export.atlas_stage import write_atlas
 from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
 from export.codecs import fit_codecs, measure_codecs
 from export.cuts import Cut
@@ -66,7 +67,9 @@ def export(recipe: Recipe, out: Path, report: Report, *, force: bool = False) ->
         report.stage("time the segments on this machine")
         whole_ms, segment_ms = _profile(chain, everything[0], scratch)
         save(bundle.manifest, scratch)
-        verify_files(load(scratch))
+        staged = load(scratch)
+        verify_files(staged)
+        write_atlas(staged, frames, trunk, recipe, whole_ms, report)
     return Exported(load(out), segment_ms, whole_ms)
 
 
