@@ -16,6 +16,7 @@ from runtime.datatypes import Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, CutSpec, ExitSpec, OperatingPoint, load, verify_files
 from runtime.segment import load_segments
+from runtime.variant import with_each_variant
 
 COSINE = 0.999  # of the logits, where another processor does not give the very same numbers
 
@@ -77,6 +78,9 @@ def verify_bundle(path: Path) -> Verified:
     segments, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
     cascade.warm_up(cascade.Tier(bundle, segments, heads))
     identical, least = True, 1.0
+    for seen in with_each_variant(bundle)[1:]:
+        made, _ = load_segments(seen, 0, 0)
+        cascade.warm_up(cascade.Tier(seen, made, {}))
     for row, frame in enumerate(golden["frames"]):
         tensor: Tensor = frame[np.newaxis]
         for index, segment in segments.items():
@@ -122,6 +126,7 @@ def describe(bundle: Bundle) -> str:
                 for index, segment in enumerate(manifest.segments)
             ],
         ),
+        *_variants(bundle),
         "",
         _table(("cut", "after", "shape", "dtype", "bytes p50 by codec"), _cut_rows(manifest.cuts)),
         "",
@@ -133,6 +138,23 @@ def describe(bundle: Bundle) -> str:
         "proof: " + ", ".join(f"{key} {value:g}" for key, value in manifest.proof.items()),
     ]
     return "\n".join(parts)
+
+
+def _variants(bundle: Bundle) -> list[str]:
+    """A table of the first segment's variants, where it has some."""
+    rows = [
+        (
+            str(number),
+            spec.file,
+            f"{_size_bytes(bundle, spec.file):,}",
+            f"{spec.macs:,}",
+            f"{spec.cosine:.4f}",
+            f"{spec.agreement:.3f} [{spec.agreement_low:.3f}, {spec.agreement_high:.3f}]",
+        )
+        for number, spec in enumerate(bundle.manifest.segments[0].variants, start=1)
+    ]
+    head = ("variant of segment 0", "file", "bytes", "MACs", "cosine", "agreement [95 %]")
+    return ["", _table(head, rows)] if rows else []
 
 
 def _cut_rows(cuts: Sequence[CutSpec]) -> list[tuple[str, ...]]:

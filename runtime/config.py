@@ -80,6 +80,7 @@ class DeviceConfig(_Struct, frozen=True):
     id: str = ""  # default: the host's name
     camera: dict[str, CameraConfig] = msgspec.field(default_factory=lambda: {"cam0": CameraConfig()})
     last_segment: Annotated[int, msgspec.Meta(ge=0)] | None = None  # deepest local segment; default: the bundle's
+    variant: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0  # of the first segment, faster and less exact; 0: itself
     early_exits: bool = True
     agreement: Agreement | None = None  # a row of the bundle's table of thresholds; default: what it was exported with
     codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself

@@ -62,6 +62,7 @@ class Result:
     age_ms: float  # from the grab to this answer, on the device's monotonic clock
     timings: Mapping[str, float] = field(default_factory=dict)  # stage → ms; the stages of a node carry its tier
     degraded: str | None = None
+    variant: int = 0  # of the first segment, where the device ran it for this answer; 0: the segment itself, or not run
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from runtime.reply import Reply
 from runtime.segment import load_segments
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
+from runtime.variant import with_variant
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class Device:
         self._config = config
         self._on_result = on_result
         self.counters = Counters()
-        self.bundle = bundle = manifest.load(Path(config.bundle))
+        given = manifest.load(Path(config.bundle))
+        self.bundle = bundle = with_variant(given, config.variant)
         segments = len(bundle.manifest.segments)
         last = bundle.manifest.tiers[0].last_segment if config.last_segment is None else config.last_segment
         if last >= segments:
@@ -91,6 +93,11 @@ class Device:
         self._link.on_connect(self._announce)
         # A picture codec sends the frame itself, before any local segment has run.
         cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
+        self._variant = config.variant if cut > 0 else 0
+        self._promised = with_variant(given, self._variant)  # as nodes see what this device sends
+        self._agreements = ExitPolicy.of(
+            self._promised, early=config.early_exits, agreement=config.agreement
+        ).agreements
         self._uplink: Uplink[_Frame] | None = None
         if last + 1 < segments:
             self._uplink = Uplink(
@@ -184,6 +191,7 @@ class Device:
                 born_ns=frame.captured_ns,
                 deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
                 camera=self._cameras[frame.camera],
+                variant=self._variant,
             )
         if isinstance(sent, str):
             self._answer_locally(frame, sent)
@@ -237,6 +245,7 @@ class Device:
             age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
             timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
             degraded=degraded,
+            variant=self._config.variant if tier is None else self._variant,
         )
         self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=result.exit)
         if degraded is not None:
@@ -249,9 +258,9 @@ class Device:
 
     def _agreement(self, cut: int) -> float | None:
         """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
-        spec = self.bundle.exit_at(cut)
+        spec = self._promised.exit_at(cut)
         if spec is None or spec.file is not None:
-            return self._policy.agreements.get(cut)
+            return self._agreements.get(cut)
         return spec.agreement if spec.measured is None else spec.measured.agreement
 
     def _tell(self, result: Result | Dropped) -> None:
@@ -280,6 +289,7 @@ class Device:
             "cameras": list(self._config.camera),
             "last_segment": self._tier.last,
             "codec": self._config.codec,
+            "variant": self._config.variant,
         }
         self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
         self._link.publish(self._topics.availability, b"online", qos=1, retain=True)

@@ -6,12 +6,13 @@ reply, in a refusal that says why, or in a counter with a reason.
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ from runtime.reply import Reply
 from runtime.segment import load_segments
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
+from runtime.variant import known, with_each_variant
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,9 @@ class Node:
         self.tier_name = config.tier or ("cloud" if config.uplink is None else "edge")
         self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
         cascade.warm_up(self._tier)
-        self._policy = ExitPolicy.of(bundle, early=config.early_exits, agreement=config.agreement)
+        # What runs is the same for all; how sure an exit must be depends on what made the features.
+        rule = functools.partial(ExitPolicy.of, early=config.early_exits, agreement=config.agreement)
+        self._variants = [(replace(self._tier, bundle=seen), rule(seen)) for seen in with_each_variant(bundle)]
         self._decoder = Decoder(bundle, max_reference_bytes=config.max_reference_bytes)
         batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
         self._batcher: Batcher[_Request] = Batcher(
@@ -151,7 +155,7 @@ class Node:
             message = packet.unpack(data)
             if message.kind is not Kind.FEATURES:
                 raise PacketError(f"a packet of kind {message.kind.name} is no request")
-            if message.variant or message.flags & ~packet.KEEP:
+            if message.flags & ~packet.KEEP:
                 raise PacketError("the packet uses what this version does not know yet; update Kinflow on this node")
         except PacketError as error:
             self._count_refused("damaged", str(error))
@@ -164,6 +168,8 @@ class Node:
             )
         elif message.cut > self._tier.last:
             self._refuse(request, "cut", f"this node's segments end at {self._tier.last}, cut {message.cut} is past it")
+        elif message.variant >= len(self._variants) or (message.variant and message.cut == 0):
+            self._refuse(request, "variant", f"variant {message.variant}: this bundle has {known(self.bundle)}")
         elif self._stopping:
             self._refuse(request, "stopping", "this node is stopping")
         elif not self._batcher.put(request, len(data)):
@@ -197,12 +203,15 @@ class Node:
             batch.append(Features(message.cut, tensor))
         if not batch:
             return
-        self.counters.add("batches_total", size=len(batch))
-        self._run(ready, batch)
+        for variant in sorted({request.packet.variant for request in ready}):
+            rows = [row for row, request in enumerate(ready) if request.packet.variant == variant]
+            self.counters.add("batches_total", size=len(rows))
+            self._run([ready[row] for row in rows], [batch[row] for row in rows])
 
     def _run(self, requests: Sequence[_Request], batch: Sequence[Features]) -> None:
+        """Run frames whose features one variant has made."""
         try:
-            outcomes = cascade.run(batch, self._tier, self._policy)
+            outcomes = cascade.run(batch, *self._variants[requests[0].packet.variant])
         except BundleError as error:
             if len(batch) > 1:  # one device's broken features are no reason to refuse the others'
                 for request, features in zip(requests, batch, strict=True):
@@ -232,6 +241,7 @@ class Node:
                 deadline_ns=request.deadline_ns - int(left_ns * KEPT_BACK_RATIO),
                 camera=request.packet.camera,
                 origin=str(request.client),
+                variant=request.packet.variant,
             )
         if isinstance(sent, str):
             self._answer_myself(escalated, sent)
@@ -253,7 +263,8 @@ class Node:
 
     def _answer_myself(self, escalated: _Escalated, reason: str) -> None:
         """Answer from this tier's best exit, because nothing above does."""
-        best = cascade.last_word(escalated.outcome, self._tier)
+        tier, _ = self._variants[escalated.request.packet.variant]
+        best = cascade.last_word(escalated.outcome, tier)
         if best is None:
             self._refuse(escalated.request, "no exit", f"nothing above answers ({reason}) and no exit here can")
         else:

@@ -38,6 +38,7 @@ class _Frame:
     born_ns: int
     camera: int
     origin: str | None
+    variant: int
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ class Uplink(Generic[Context]):
         deadline_ns: int,
         camera: int = 0,
         origin: str | None = None,
+        variant: int = 0,
     ) -> Sent[Context] | str:
         """Encode and send features (1, …) at this uplink's cut.
 
@@ -120,6 +122,7 @@ class Uplink(Generic[Context]):
             deadline_ns: when the answer must be here.
             camera: index in the list of cameras of whoever has the camera.
             origin: who that is, when a node passes on what another has sent it.
+            variant: of the first segment, that made the features.
 
         Returns:
             What was sent, or the reason why it was not: `offline`, `busy`, `deadline`, `oversize` or `link`.
@@ -128,7 +131,7 @@ class Uplink(Generic[Context]):
             return "offline"
         if self.full:
             return "busy"
-        sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin))
+        sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin, variant))
         problem = self._dispatch(sent)
         return sent if problem in ("", "gone") else problem
 
@@ -157,6 +160,7 @@ class Uplink(Generic[Context]):
                 codec=CODECS[self.codec],
                 cut=self.cut,
                 rate=self._encoder.rate,
+                variant=frame.variant,
                 camera=coded.camera,
                 flags=coded.flags,
                 reference=coded.reference,

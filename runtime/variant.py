@@ -31,12 +31,12 @@ def with_variant(bundle: Bundle, number: int) -> Bundle:
     return Bundle(path=bundle.path, manifest=manifest, id=bundle.id, labels=bundle.labels)
 
 
-def count(bundle: Bundle) -> int:
-    """How many variants the bundle's first segment has."""
-    return len(bundle.manifest.segments[0].variants)
+def with_each_variant(bundle: Bundle) -> list[Bundle]:
+    """The bundle with each of its variants in force, by number."""
+    return [with_variant(bundle, number) for number in range(len(bundle.manifest.segments[0].variants) + 1)]
 
 
 def known(bundle: Bundle) -> str:
     """The variants that there are, in words."""
-    most = count(bundle)
+    most = len(bundle.manifest.segments[0].variants)
     return "none but 0, the segment itself" if most == 0 else f"0 (the segment itself) to {most}"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from runtime.bundle_tool import bundle_group, describe, verify_bundle
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
-from runtime.manifest import FileSpec, Manifest, load, save
+from runtime.manifest import FileSpec, Manifest, VariantSpec, load, save
 from runtime.segment import load_segments
 
 
@@ -49,10 +49,37 @@ def write_golden(path: Path, nudge: float = 0.0, drop: str = "") -> None:
     rewrite(path, bundle.manifest.golden, scratch.read_bytes())
 
 
+def add_variant(path: Path, file: str) -> None:
+    """Say that a file of the bundle is a variant of its first segment."""
+    known = load_unchecked(path)
+    first, *rest = known.segments
+    variant = VariantSpec(
+        file=file,
+        macs=1,
+        max_batch_size=1,
+        cosine=1,
+        agreement=1,
+        agreement_low=0.9,
+        agreement_high=1,
+        n=30,
+        exits=known.exits,
+    )
+    segments = (msgspec.structs.replace(first, variants=(variant,)), *rest)
+    save(msgspec.structs.replace(known, segments=segments), path)
+
+
 @pytest.fixture
 def sound(tiny_bundle: Path) -> Path:
     write_golden(tiny_bundle)
     return tiny_bundle
+
+
+def test_variants_are_run_too(sound: Path) -> None:
+    add_variant(sound, "segments/0.onnx")
+    assert verify_bundle(sound).bit_identical
+    add_variant(sound, "segments/1.onnx")
+    with pytest.raises(BundleError):
+        verify_bundle(sound)
 
 
 def test_a_sound_bundle_is_bit_identical(sound: Path) -> None:
