@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError, PacketError
-from runtime.levels import Books, LevelPacker, Levels
+from runtime.levels import MAX_MAGNITUDE, Books, LevelPacker, Levels
 from runtime.manifest import Bundle, CodecSpec, CutSpec
 from runtime.segment import Segment, load_graph
 
-MAX_LEVEL = 8191  # so that differences of levels fit 16 bits as well
+MAX_LEVEL = MAX_MAGNITUDE // 2  # so that differences of levels can be packed as well
 HYSTERESIS = 0.8  # steps that a coefficient may be off its last level before it moves
 
 
@@ -205,7 +205,7 @@ class TransformCodec:
     def quantize(self, coefficients: NDArray[np.float32], reference: Levels | None) -> Levels:
         """Coefficients (n,) in whole steps; those that did not clearly leave the reference's level keep it."""
         steps = coefficients * np.float32(1 / self._step)
-        levels = np.clip(np.rint(steps), -MAX_LEVEL, MAX_LEVEL).astype(np.int16)
+        levels: Levels = np.clip(np.rint(steps), -MAX_LEVEL, MAX_LEVEL).astype(np.int16)
         if reference is None:
             return levels
         kept = np.abs(steps - reference) <= HYSTERESIS

@@ -26,9 +26,10 @@ BOOK_ROWS = 255
 RETRIES = 2
 PLACE_BITS = 32
 MORE = 255  # a byte of a patch that says: add 255 and read on
-# Payload bytes that a frame may unfold to, for each coefficient, over its groups; the rest could only be an attack.
-MAX_PATCH_RATIO = 4
+MAX_MAGNITUDE = 4094  # of what is packed: twice a level's, for differences
+MAX_PATCH_BYTES = 2 + 2 * MAX_MAGNITUDE // MORE  # of one coefficient; a payload that unfolds to more is an attack
 ZSTD = {"format": zstandard.FORMAT_ZSTD1_MAGICLESS, "write_content_size": 0, "write_dict_id": 0, "write_checksum": 0}
+SIZE_BITS = 0xE0  # of a frame's first byte, set when it names its size, which would be allocated unseen
 ZSTD_LEVEL = 1  # there is nothing to find but the Huffman table; higher levels gain under 1 % at five times the time
 
 
@@ -87,7 +88,7 @@ class LevelPacker:
         )
 
     def pack(self, levels: Levels) -> bytes:
-        """Return levels (n,) as bytes."""
+        """Return levels (n,), of at most MAX_MAGNITUDE, as bytes."""
         return self._compressor.compress(self.symbols(levels))
 
     def unpack(self, payload: bytes) -> Levels:
@@ -96,7 +97,9 @@ class LevelPacker:
         Raises:
             PacketError: it is not what `pack` writes.
         """
-        most = self._sizes.size + MAX_PATCH_RATIO * self._count + 64
+        most = self._sizes.size + MAX_PATCH_BYTES * self._count
+        if not payload or payload[0] & SIZE_BITS:
+            raise PacketError("the payload is no zstd frame of this cut and rate: it names its size")
         try:
             data = self._decompressor.decompress(payload, max_output_size=most, allow_extra_data=False)
         except zstandard.ZstdError as error:
@@ -144,7 +147,7 @@ class LevelPacker:
         if places.size and places[-1] >= wide.size:
             raise PacketError("a patch of the payload lies behind the last coefficient")
         wide[places] += np.where(codes % 2 == 1, -(codes + 1) // 2, codes // 2 + 1)
-        if wide[self._count :].any() or np.abs(wide).max(initial=0) > np.iinfo(np.int16).max:
+        if wide[self._count :].any() or np.abs(wide).max(initial=0) > MAX_MAGNITUDE:
             raise PacketError("the payload holds a level out of range")
         return wide[: self._count].astype(np.int16)
 
