@@ -53,18 +53,19 @@ class _Parts:
     """Nodes and weights of a graph that grows."""
 
     opset: int = OPSET
+    prefix: str = PREFIX  # of all names, so that they are no others' of the graph
     nodes: list[NodeProto] = field(default_factory=list)
     weights: list[TensorProto] = field(default_factory=list)
 
     def add(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Append a node; the name of its only output."""
-        name = f"{PREFIX}{len(self.nodes)}"
+        name = f"{self.prefix}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], f"{name}/{op_type}", **attributes))
         return name
 
     def hold(self, value: NDArray[Any]) -> str:
         """Append a constant; its name."""
-        name = f"{PREFIX}constant{len(self.weights)}"
+        name = f"{self.prefix}constant{len(self.weights)}"
         self.weights.append(constant(name, value))
         return name
 
@@ -73,6 +74,15 @@ class _Parts:
         if self.opset >= 18:
             return self.add("ReduceMean", [values, self.hold(np.array(axes, np.int64))], keepdims=int(keep))
         return self.add("ReduceMean", [values], axes=list(axes), keepdims=int(keep))
+
+    def greatest(self, values: str, output: str) -> NodeProto:
+        """A node that gives the greatest of each row of (batch, numbers), as `output`."""
+        name = f"{self.prefix}{output}"
+        if self.opset >= 18:
+            return helper.make_node(
+                "ReduceMax", [values, self.hold(np.array([1], np.int64))], [output], name, keepdims=0
+            )
+        return helper.make_node("ReduceMax", [values], [output], name, axes=[1], keepdims=0)
 
 
 def pooled_front(wire: Wire | None, shape: Shape, pooling: Pooling) -> ModelProto:
@@ -156,29 +166,24 @@ def own_head(whole: ModelProto, output: str, cut_tensor: str, wire: Wire | None,
 
 def guarded(head: ModelProto, guard: Guard, wire: Wire | None, shape: Shape) -> ModelProto:
     """A head with its guard beside it, as a second output; `shape` is that of the features on the wire."""
-    parts = _Parts(opset(head))
-    row = _pool(parts, _read(parts, wire, shape), shape, "moments")
+    parts = _Parts(opset(head), "guard/")
+    row = _pool(parts, _read(parts, wire, shape), shape, "moments", guard.floor if guard.logged else None)
     scaled = parts.add("Mul", [parts.add("Sub", [row, parts.hold(guard.centre)]), parts.hold(guard.scale)])
-    basis = parts.hold(guard.basis)
-    along = parts.add("MatMul", [scaled, basis])
+    along = parts.add("MatMul", [scaled, parts.hold(guard.basis)])
     off = parts.add("Sub", [scaled, parts.add("MatMul", [along, parts.hold(guard.basis.T)])])
     sizes = (
         parts.add("Mul", [along, parts.hold(guard.direction_scale)]),
         parts.add("Mul", [off, parts.hold(np.array(guard.rest_scale, np.float32))]),
     )
     both = parts.add("Concat", sizes, axis=1)
-    # A mean over directions and statistics together, made one over the statistics alone.
-    more = np.array(1 + guard.basis.shape[1] / guard.basis.shape[0], np.float32)
-    mean = parts.add("Mul", [parts.mean(parts.add("Mul", [both, both]), [1]), parts.hold(more)])
-    # The head may have been made by the same hands: names of the guard's own.
-    own = {name for node in parts.nodes for name in node.output} | {weight.name for weight in parts.weights}
-    for node in parts.nodes:
-        node.name = f"guard/{node.name}"
-        node.input[:] = [f"guard/{name}" if name in own else name for name in node.input]
-        node.output[:] = [f"guard/{name}" for name in node.output]
-    for weight in parts.weights:
-        weight.name = f"guard/{weight.name}"
-    nodes = [*head.graph.node, *parts.nodes, helper.make_node("Sqrt", [f"guard/{mean}"], [DISTANCE], "guard/distance")]
+    # The mean is over directions and statistics together; the distance wants it over the statistics alone.
+    more = np.array((1 + guard.basis.shape[1] / guard.basis.shape[0]) / guard.units[0] ** 2, np.float32)
+    mean = parts.mean(parts.add("Mul", [both, both]), [1], keep=True)
+    scores = [parts.add("Sqrt", [parts.add("Mul", [mean, parts.hold(more)])])]
+    if guard.filters.shape[1]:
+        scores.append(parts.add("MatMul", [scaled, parts.hold(guard.filters / guard.units[1:])]))
+    together = parts.add("Concat", scores, axis=1)
+    nodes = [*head.graph.node, *parts.nodes, parts.greatest(together, DISTANCE)]
     graph = helper.make_graph(
         nodes,
         head.graph.name,
@@ -224,7 +229,8 @@ def _channels_first(values: str, tensor: str, shape: Shape) -> NodeProto:
     return helper.make_node("Identity", [values], [tensor], name)
 
 
-def _pool(parts: _Parts, values: str, shape: Shape, pooling: Pooling) -> str:
+def _pool(parts: _Parts, values: str, shape: Shape, pooling: Pooling, floor: NDArray[np.float32] | None = None) -> str:
+    """The row of numbers that a front or a guard works on; with a `floor` spreads are taken as logarithms."""
     axes = list(range(1, len(shape)))
     if not axes:
         return values
@@ -234,6 +240,8 @@ def _pool(parts: _Parts, values: str, shape: Shape, pooling: Pooling) -> str:
         return flat
     away = parts.add("Sub", [values, mean])
     spread = parts.add("Sqrt", [parts.mean(parts.add("Mul", [away, away]), axes)])
+    if floor is not None:
+        spread = parts.add("Log", [parts.add("Add", [spread, parts.hold(floor)])])
     rows = [flat, spread]
     if pooling == "grid" and len(shape) == 3:
         halves = [[(0, side // 2), (side - side // 2, side)] for side in shape[:2]]

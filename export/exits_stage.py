@@ -32,7 +32,7 @@ from export.exits import (
     statistics_front,
 )
 from export.exits_fit import choose_temperature, fit_head
-from export.exits_guard import distance_limit, fit_guard, held_out_distances
+from export.exits_guard import damages, distance_limit, fit_guard
 from export.frames import COPIES, FEW, FrameSet, copies, frames_for
 from export.graph import FRAME, LOGITS, write
 from export.recipe import Opened, Recipe
@@ -49,6 +49,7 @@ from runtime.segment_onnx import session_options
 TABLE = (0.9, 0.95, 0.98, 0.99)  # agreements that every bundle has thresholds for, beside the user's
 OBSERVED = 16  # frames at once, where the graphs take them
 FEW_COPIES = 2  # of each fit frame, once there are many
+DAMAGED = 200  # fit frames that are damaged in each way, for the guard
 BRANCHES = (0.1, 0.2, 0.35)  # multiply-accumulates of a branch, as shares of those behind its cut
 
 
@@ -89,14 +90,15 @@ def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, re
     statistics = [Candidate("guard", statistics_front(*_at(trunk, place))) for place in range(len(trunk.chosen))]
     fronts = [[*heads, guard] for heads, guard in zip(candidates, statistics, strict=True)]
     count, logits = _observe(trunk, bundle, frames, fronts, recipe, report)
+    groups = np.repeat(frames.groups[frames.roles["fit"]], count)
+    damaged = _damage(trunk, bundle, frames, [guard.front for guard in statistics], recipe, report)
     fitted = []
     for place, cut in enumerate(trunk.chosen):
-        seen = np.concatenate(statistics[place].rows)
-        groups = np.repeat(frames.groups[frames.roles["fit"]], count)
         # The frame itself and its mirror image: closer and darker looks would teach the guard to expect anything.
         known = np.arange(len(groups)) % count < FEW_COPIES
-        guard = fit_guard(seen[known])
-        distances = held_out_distances(seen[known], groups[known])
+        seen = np.concatenate(statistics[place].rows)[known]
+        logged = seen.shape[1] // 2 if len(cut.shape) > 1 else 0
+        guard, distances = fit_guard(seen, groups[known], damaged[place], logged=logged)
         plain = distances[:: min(count, FEW_COPIES)]
         limit = distance_limit(plain)
         best = max(
@@ -243,6 +245,25 @@ def _observe(
                 output = None if candidate.own else [ROW]
                 candidate.rows.append(session.run(output, {FEATURES: tensor})[0])
     return count, np.concatenate(logits)
+
+
+def _damage(
+    trunk: Trunk, bundle: Bundle, frames: FrameSet, fronts: Sequence[ModelProto], recipe: Recipe, report: Report
+) -> list[list[tuple[NDArray[np.float32], NDArray[np.int64]]]]:
+    """By cut and kind of damage: a guard's statistics of damaged fit frames, and the groups of these."""
+    rows = frames.roles["fit"]
+    rows = rows[np.linspace(0, len(rows) - 1, min(DAMAGED, len(rows))).round().astype(int)]
+    segments, _ = load_segments(bundle, 0, len(fronts) - 1, threads=recipe.threads)
+    sessions = [ort.InferenceSession(front.SerializeToString(), session_options(recipe.threads)) for front in fronts]
+    kinds = list(damages(np.random.default_rng(recipe.seed)).values())
+    found: list[list[list[Tensor]]] = [[[] for _ in kinds] for _ in fronts]
+    for row in report.track(rows, "damaged"):
+        for number, damage in enumerate(kinds):
+            tensor = damage(frames.pixels[row : row + 1])
+            for place, session in enumerate(sessions):
+                tensor = segments[place].run(tensor)
+                found[place][number].append(session.run([ROW], {FEATURES: tensor})[0])
+    return [[(np.concatenate(seen), frames.groups[rows]) for seen in at] for at in found]
 
 
 def _fit(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from export.exits import POOLINGS, Pooling, guarded, head_macs, head_model, pooled_front
 from export.exits_fit import choose_temperature, fit_head
-from export.exits_guard import distance_limit, fit_guard, held_out_distances
+from export.exits_guard import Guard, damages, distance_limit, fit_guard
 from export.wires import Wire
 from runtime.datatypes import Tensor
 
@@ -99,7 +99,12 @@ def test_a_head_in_onnx_is_the_head_and_the_guard_that_were_fitted(
     logits = generator.normal(0, 1, (40, 3)).astype(np.float32)
     rows = pooled_by_hand(features, at, pooling).astype(np.float32)
     statistics = pooled_by_hand(features, at, "moments").astype(np.float32)
-    head, guard = fit_head(rows, logits, np.arange(40)), fit_guard(statistics)
+    logged = 4 if len(shape) > 1 else 0
+    damaged = [(statistics + np.float32(1), np.arange(40)), (statistics * np.float32(2), np.arange(40))]
+    head, (guard, _) = (
+        fit_head(rows, logits, np.arange(40)),
+        fit_guard(statistics, np.arange(40), damaged, logged=logged),
+    )
     model = guarded(head_model(pooled_front(at, shape, pooling), head, "h"), guard, at, shape)
     session = ort.InferenceSession(model.SerializeToString())
     assert [output.name for output in session.get_outputs()] == ["logits", "distance"]
@@ -122,17 +127,46 @@ def test_the_guard_holds_back_the_stated_share_of_frames_like_the_fitted_ones_an
     shares = []
     for _ in range(20):
         known = draw(200)
-        limit = distance_limit(held_out_distances(known, np.arange(200)))
-        shares.append(float((fit_guard(known).distance(draw(500)) > limit).mean()))
+        guard, distances = fit(known)
+        limit = distance_limit(distances)
+        shares.append(float((guard.distance(draw(500)) > limit).mean()))
     assert 0.03 < np.mean(shares) < 0.07
-    guard = fit_guard(known)
     assert (guard.distance(draw(100) + generator.normal(0, 1, (100, 40)).astype(np.float32)) > limit).mean() > 0.95
     assert (guard.distance(4 * draw(100)) > limit).mean() > 0.9
+
+
+def test_a_filter_finds_a_known_damage_that_moves_every_statistic_a_little() -> None:
+    generator = np.random.default_rng(0)
+    known = generator.normal(0, 1, (400, 60)).astype(np.float32)
+    little = (0.4 * generator.choice([-1, 1], 60)).astype(np.float32)
+    damaged = [(known[:100] + little, np.arange(100))]
+    other = generator.normal(0, 1, (400, 60)).astype(np.float32) + little
+    shares = []
+    for taught in ([], damaged):
+        guard, distances = fit_guard(known, np.arange(400), taught, logged=0)
+        shares.append(float((guard.distance(other) > distance_limit(distances)).mean()))
+    assert shares[0] < 0.4
+    assert shares[1] > 0.7
+
+
+def test_damages_are_frames_again_and_the_same_for_the_same_seed() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3), dtype=np.uint8)
+    first, again = (damages(np.random.default_rng(1)) for _ in range(2))
+    for name, damage in first.items():
+        made = damage(frame)
+        assert made.shape == frame.shape
+        assert made.dtype == np.uint8
+        assert not np.array_equal(made, frame)
+        assert np.array_equal(made, again[name](frame))
+
+
+def fit(known: Tensor) -> tuple[Guard, np.ndarray]:
+    return fit_guard(known, np.arange(len(known)), [], logged=0)
 
 
 def test_a_channel_that_never_stirred_makes_no_frame_infinitely_far() -> None:
     generator = np.random.default_rng(0)
     known = np.hstack([generator.normal(0, 1, (50, 5)), np.zeros((50, 2))]).astype(np.float32)
-    distance = fit_guard(known).distance(known + np.float32(1e-3))
+    distance = fit(known)[0].distance(known + np.float32(1e-3))
     assert np.isfinite(distance).all()
     assert distance.max() < 10
