@@ -17,7 +17,7 @@ from export.bench_rows import CodecRow, Point, Way, curves
 from export.exits_judge import ExitRow
 
 AGREEMENTS = (0.90, 0.95, 0.98)
-DIVERGENCES = (0.2, 0.1, 0.05)  # mean KL in nats
+DIVERGENCES = (0.2, 0.1, 0.05, 0.02)  # mean KL in nats
 DECIDING = (0.95, 0.90)  # the agreement at which it is decided whether splitting pays: the first that a cut reaches
 LATE_RATIO = 0.9  # of the device's time: a cut behind it leaves nothing worth handing over
 FEATURES: tuple[Way, ...] = ("features",)

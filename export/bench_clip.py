@@ -40,13 +40,13 @@ class Video:
 
 
 VIDEOS = (
-    Video("H.264", "libx264", "h264", {}, (9, 13, 17, 21, 25, 29, 33)),
+    Video("H.264", "libx264", "h264", {}, (5, 9, 13, 17, 21, 25, 29, 33)),
     Video(
         "H.265",
         "libx265",
         "hevc",
         {"x265-params": "log-level=none:pools=none:frame-threads=1"},
-        (9, 13, 17, 21, 25, 29, 33),
+        (5, 9, 13, 17, 21, 25, 29, 33),
     ),
 )
 
