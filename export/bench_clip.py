@@ -7,7 +7,6 @@ frame arrives and is acknowledged in time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.bench_frames import Whole
 from export.bench_rivals import CAMERA
-from export.bench_rows import Logits, Point, Samples, rival_bytes, summarize, wire_bytes
+from export.bench_rows import Logits, Point, Samples, clock, rival_bytes, summarize, wire_bytes
 from runtime.codec import CODECS, Codecs, ReferenceCodec
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
@@ -62,7 +61,7 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
         track: wraps the places of the frames, to show how far it is.
     """
     segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1, threads=threads)
-    codecs = Codecs(bundle)
+    codecs, now = Codecs(bundle), clock(threads)
     places = [
         (cut, spec.name, rate)
         for cut, cut_spec in enumerate(bundle.manifest.cuts[:-1])
@@ -82,12 +81,12 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
             cut, name, rate = place
             codec = codecs.get(cut, CODECS[name], rate)
             assert isinstance(codec, ReferenceCodec), "chosen above"
-            start = time.perf_counter()
+            start = now()
             payload, sent = codec.encode_against(features[cut], held[place])
-            middle = time.perf_counter()
+            middle = now()
             tensor, levels = codec.decode_against(payload, held[place])
             samples[place].encode_ms.append((middle - start) * 1e3)
-            samples[place].decode_ms.append((time.perf_counter() - middle) * 1e3)
+            samples[place].decode_ms.append((now() - middle) * 1e3)
             samples[place].sent(len(payload), wire_bytes(bundle, cut, len(payload)))
             assert np.array_equal(sent, levels), "both ends hold the same levels"
             held[place] = levels
@@ -146,18 +145,19 @@ def _through(
     encoder.options = {"preset": "medium", "tune": "zerolatency", "crf": str(crf), **video.options}
     decoder: Any = av.CodecContext.create(video.decoder, "r")
     decoder.thread_count = 1
+    now = clock(1)
     for number, frame in enumerate(frames):
-        start = time.perf_counter()
+        start = now()
         picture = av.VideoFrame.from_ndarray(frame[0], format="rgb24").reformat(format="yuv420p")
         picture.pts = number
         packets = encoder.encode(picture)
-        middle = time.perf_counter()
+        middle = now()
         size = sum(packet.size for packet in packets)
         samples.encode_ms.append((middle - start) * 1e3)
         samples.sent(size, rival_bytes(bundle, size))
         for shown in [shown for packet in packets for shown in decoder.decode(packet)]:
             pixels: Tensor = shown.to_ndarray(format="rgb24")[np.newaxis]
-            samples.decode_ms.append((time.perf_counter() - middle) * 1e3)
+            samples.decode_ms.append((now() - middle) * 1e3)
             yield pixels
     for shown in decoder.decode(None):  # a decoder may hold the last frame back, as it cannot know that it is whole
         yield shown.to_ndarray(format="rgb24")[np.newaxis]

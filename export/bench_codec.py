@@ -5,13 +5,12 @@ Frames go through in small groups, so that the features of all cuts are computed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from export.bench_rows import Logits, Point, Samples, summarize, wire_bytes
+from export.bench_rows import Logits, Point, Samples, clock, summarize, wire_bytes
 from runtime.codec import CODECS, Codec, Codecs
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
@@ -38,6 +37,7 @@ class _Run:
     bundle: Bundle
     segments: Mapping[int, Segment]
     times: list[list[float]]
+    clock: Callable[[], float]
 
     def features(self, frames: Sequence[Tensor]) -> list[list[Tensor]]:
         """The features of every frame at every cut, by cut; the last are logits. Frame by frame, as a device does."""
@@ -46,9 +46,9 @@ class _Run:
             tensor = frame
             features[0].append(tensor)
             for index, segment in self.segments.items():
-                start = time.perf_counter()
+                start = self.clock()
                 tensor = segment.run(tensor)
-                self.times[index].append((time.perf_counter() - start) * 1e3)
+                self.times[index].append((self.clock() - start) * 1e3)
                 features[index + 1].append(tensor)
         return features
 
@@ -78,7 +78,7 @@ def judge_codecs(
         codecs: false to leave them out and only run the segments.
     """
     segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1, threads=threads)
-    run = _Run(bundle, segments, [[] for _ in segments])
+    run = _Run(bundle, segments, [[] for _ in segments], clock(threads))
     made = Codecs(bundle)
     places = [
         (cut, spec.name, rate)
@@ -98,7 +98,9 @@ def judge_codecs(
             ceiling.sent(tensor.nbytes, tensor.nbytes)
         for cut, name, rate in places:
             codec = made.get(cut, CODECS[name], rate)
-            decoded = [_through(codec, tensor, samples[cut, name, rate], bundle, cut) for tensor in features[cut]]
+            decoded = [
+                _through(codec, tensor, samples[cut, name, rate], bundle, cut, run.clock) for tensor in features[cut]
+            ]
             same = all(map(np.array_equal, decoded, features[cut]))  # lossless: the tail would say the same again
             samples[cut, name, rate].judge(ends if same else run.tail(decoded, cut), wanted)
     return Judged(
@@ -110,12 +112,14 @@ def judge_codecs(
     )
 
 
-def _through(codec: Codec, tensor: Tensor, samples: Samples, bundle: Bundle, cut: int) -> Tensor:
-    start = time.perf_counter()
+def _through(
+    codec: Codec, tensor: Tensor, samples: Samples, bundle: Bundle, cut: int, clock: Callable[[], float]
+) -> Tensor:
+    start = clock()
     payload = codec.encode(tensor)
-    middle = time.perf_counter()
+    middle = clock()
     decoded = codec.decode(payload)
-    end = time.perf_counter()
+    end = clock()
     samples.encode_ms.append((middle - start) * 1e3)
     samples.decode_ms.append((end - middle) * 1e3)
     samples.sent(len(payload), wire_bytes(bundle, cut, len(payload)))

@@ -118,6 +118,11 @@ def judge(
     if wanted.exits:
         report.stage("judge the exits")
         made = judge_exits(bundle, made, frames, logits)
+    if wanted.variants and manifest.segments[0].variants:
+        from export.variants import rows  # which needs torch
+
+        report.stage("judge the variants")
+        made = msgspec.structs.replace(made, variants=tuple(rows(bundle, frames, logits)))
     return made
 
 

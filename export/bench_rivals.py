@@ -6,7 +6,6 @@ at a slower speed than its default.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 
 from export.bench_frames import Whole
-from export.bench_rows import Logits, Point, Samples, rival_bytes, summarize
+from export.bench_rows import Logits, Point, Samples, clock, rival_bytes, summarize
 from runtime.datatypes import Pixels, Tensor
 from runtime.manifest import Bundle
 
@@ -122,7 +121,8 @@ def _places(side: int, *, quick: bool) -> list[tuple[Rival, int, int, int | None
 
 def _through(rival: Rival, quality: int, size: int | None, pixels: Pixels, samples: Samples, bundle: Bundle) -> Pixels:
     height, width = pixels.shape[:2]
-    start = time.perf_counter()
+    now = clock(1)
+    start = now()
     picture = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     if size is not None:
         share = size / min(height, width)
@@ -130,13 +130,13 @@ def _through(rival: Rival, quality: int, size: int | None, pixels: Pixels, sampl
     ok, data = cv2.imencode(rival.suffix, picture, [rival.quality, quality, *rival.settings])
     if not ok:
         raise ValueError(f"OpenCV could not encode a frame of shape {pixels.shape} as {rival.name}")
-    middle = time.perf_counter()
+    middle = now()
     shown = cv2.imdecode(data, cv2.IMREAD_COLOR)
     assert shown is not None, "OpenCV reads what it wrote"
     if size is not None:
         shown = cv2.resize(shown, (width, height), interpolation=cv2.INTER_LINEAR)
     seen = cv2.cvtColor(shown, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
     samples.encode_ms.append((middle - start) * 1e3)
-    samples.decode_ms.append((time.perf_counter() - middle) * 1e3)
+    samples.decode_ms.append((now() - middle) * 1e3)
     samples.sent(data.size, rival_bytes(bundle, data.size))
     return seen

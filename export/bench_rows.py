@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,7 +41,7 @@ class CodecRow(msgspec.Struct, frozen=True, kw_only=True):
     n: int
     kl_mean: float  # KL(whole || split) in nats
     kl_p50: float
-    encode_ms: float | None = None  # medians, one thread unless told otherwise
+    encode_ms: float | None = None  # medians; the processor's time when there is one thread, see `clock`
     decode_ms: float | None = None
 
     @property
@@ -130,6 +131,11 @@ def curves(points: Sequence[Point], *, by_kl: bool = False) -> dict[tuple[Way, i
         )
         for key, group in grouped.items()
     }
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """What to time with, in seconds: on one thread the processor's time, which other processes disturb little."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def wire_bytes(bundle: Bundle, cut: int, payload_bytes: int) -> int:
