@@ -36,7 +36,7 @@ from runtime.link import Link, open_link
 from runtime.manifest import Bundle, CodecSpec, CutSpec, FileSpec, RateSpec
 from runtime.node import Node
 from runtime.packet import KEEP, REFERENCE_MISSING, Kind, Packet
-from runtime.references import Source
+from runtime.references import Source, cost
 from runtime.reply import Reply
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
@@ -357,7 +357,9 @@ def test_cameras_do_not_share_references_nor_do_devices_behind_one_edge_node(
 
 def test_a_node_cannot_be_made_to_grow(memory_broker: BrokerConfig, bundle: Bundle, serving: Serving) -> None:
     room = 20_000
-    config = NodeConfig(bundle=str(bundle.path), broker=memory_broker, id="box", max_reference_bytes=room)
+    config = NodeConfig(
+        bundle=str(bundle.path), broker=memory_broker, id="box", max_queue_frames=1000, max_reference_bytes=room
+    )
     (features,) = walk(bundle, 1)
     coded = Encoder(bundle, codec=CODEC, cut=1).encode(features.tensor, camera=0)
     link = open_link(memory_broker, client_id="cam", counters=Counters())
@@ -376,15 +378,15 @@ def test_a_node_cannot_be_made_to_grow(memory_broker: BrokerConfig, bundle: Bund
                 cut=1,
                 camera=int(rng.integers(256)),
                 flags=KEEP,
+                budget_ms=100_000,
             )
             sender = Subtree("home", "d", f"cam{rng.integers(50)}")
             link.publish(sender.request(bundle.key8, 1), packet.pack(request))
-        end = time.monotonic() + 20
-        while node.counters.total("replies_total") + node.counters.total("packets_refused_total") < 600:
+        end = time.monotonic() + 90
+        while node.counters.total("replies_total") < 600:
             assert time.monotonic() < end
             time.sleep(0.01)
-            assert node._decoder.references.size_bytes <= room
-    assert node.counters.total("replies_total") > 300
+            assert node._decoder.references.size_bytes <= room + cost(np.zeros(256, np.int16)), "and one that just came"
     assert 0 < node._decoder.references.size_bytes <= room
 
 
@@ -582,41 +584,50 @@ def clip(tmp_path: Path) -> Path:
 def test_device_edge_and_cloud_through_mosquitto_with_the_broker_and_a_node_restarted(
     start_mosquitto: Callable[..., Any], bundle: Bundle, clip: Path, serving: Serving
 ) -> None:
-    """Both hops code against earlier frames; the cloud is restarted, then the broker; every frame ends in a result."""
+    """Both hops code against earlier frames, and find back to it after the cloud's restart and after the broker's."""
     mosquitto = start_mosquitto()
     broker = BrokerConfig(host=mosquitto.host, port=mosquitto.port)
     common: dict[str, Any] = {"bundle": str(bundle.path), "broker": broker, "early_exits": False}
     edge = Node(NodeConfig(**common, id="edge", uplink=UplinkConfig(codec=CODEC)))
     clouds = [Node(NodeConfig(**common, id="cloud", serves="nodes")) for _ in range(2)]
     lines: list[Result | Dropped] = []
-    camera = CameraConfig(kind="replay", source=str(clip), max_fps=20, loop=True, frames=160)
+    camera = CameraConfig(kind="replay", source=str(clip), max_fps=20, loop=True)
     device = Device(
-        DeviceConfig(**common, id="cam", codec=CODEC, budget_ms=1500, camera={"front": camera}), lines.append
+        DeviceConfig(**common, id="cam", codec=CODEC, budget_ms=5000, camera={"front": camera}), lines.append
     )
+    hops = (device.counters, edge.counters)
+
+    def against() -> int:
+        """Of the hop that has fewer."""
+        return min(
+            sum(count for name, count in hop.snapshot().items() if 'reference="against"' in name) for hop in hops
+        )
+
+    def from_the_cloud() -> int:
+        return sum(isinstance(line, Result) and (line.tier, line.degraded) == ("cloud", None) for line in lines)
+
+    def goes_well() -> None:
+        before = against(), from_the_cloud()
+        until(lambda: against() >= before[0] + 15 and from_the_cloud() >= before[1] + 15, seconds=60)
+
+    stop = threading.Event()
+    thread = threading.Thread(target=device.run, args=(stop,))
     with serving(edge):
-        with ExitStack() as first:
-            first.enter_context(serving(clouds[0]))
-            thread = threading.Thread(target=device.run, args=(threading.Event(),))
+        with serving(clouds[0]):
             thread.start()
-            until(lambda: len(lines) > 40)
+            goes_well()
         with serving(clouds[1]):
-            until(lambda: len(lines) > 80)
+            goes_well()
+            assert edge.counters.total("references_missed_total") >= 1, "the second cloud lacks what the first one held"
             mosquitto.restart()
+            goes_well()
+            stop.set()
             thread.join(30)
     assert not thread.is_alive()
-    assert sorted(line.frame for line in lines) == list(range(160))
-    results = [line for line in lines if isinstance(line, Result)]
-    assert len(results) == 160
-    for hop in (device.counters, edge.counters):
-        names = hop.snapshot()
-        against = sum(count for name, count in names.items() if 'reference="against"' in name)
-        alone = sum(count for name, count in names.items() if 'reference="alone"' in name)
-        assert against > 2 * alone > 0
-        assert hop.total("link_callback_errors_total") == 0
-    assert edge.counters.total("references_missed_total") >= 1, "the second cloud node lacked what the first one held"
-    assert device.counters.total("references_missed_total") == 0, "the edge node kept what it held over the outage"
-    assert [line.tier for line in results[-10:]] == ["cloud"] * 10
-    assert all(line.degraded is None for line in results[-10:])
+    assert device.counters.total("references_missed_total") == 0, "the edge node keeps what it holds over an outage"
+    stale = device.counters.total("frames_dropped_total")
+    assert len({line.frame for line in lines}) == len(lines) == device.counters.total("frames_captured_total") - stale
+    assert all(hop.total("link_callback_errors_total") == 0 for hop in hops)
 
 
 def test_a_pool_of_nodes_answers_every_frame(
