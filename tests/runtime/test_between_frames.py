@@ -525,11 +525,11 @@ class Refuser:
 
 
 def test_a_frame_whose_budget_has_ended_is_not_sent_again(memory_broker: BrokerConfig, bundle: Bundle) -> None:
-    refuser = Refuser(memory_broker, bundle, after_s=0.1)
+    refuser = Refuser(memory_broker, bundle, after_s=0.7)
     sender = Sender(memory_broker, bundle)
     frames = walk(bundle, 2)
     assert isinstance(sender.ask(frames[0]), Reply)
-    assert sender.ask(frames[1], budget_ms=50) == "it is not here"
+    assert sender.ask(frames[1], budget_ms=500) == "it is not here"
     assert len(refuser.packets) == 2
     assert len(sender.uplink) == 0
 
