@@ -40,6 +40,7 @@ FEATURES = "features"  # its input
 ROW = "row"  # what a front gives: float32 (batch, numbers)
 PREFIX = "kinflow/exit/"
 
+Shapes = tuple[Shape, Shape]
 Pooling = Literal["mean", "moments", "grid"]
 POOLINGS: dict[Pooling, str] = {
     "mean": "linear on means",
@@ -92,28 +93,26 @@ def pooled_front(wire: Wire | None, shape: Shape, pooling: Pooling) -> ModelProt
     return _front(parts, wire, shape, row, [], [])
 
 
-def branch_front(
-    chain_whole: ModelProto, tensor: str, made: str, wire: Wire | None, shapes: tuple[Shape, Shape], pooling: Pooling
-) -> ModelProto:
-    """Pools what the layers between two tensors of the whole model make of the features.
+def branch(whole: ModelProto, tensor: str, made: str, kind: Literal["float32", "uint8"], shapes: Shapes) -> ModelProto:
+    """The layers of a whole model between the tensor at a cut and the float tensor they make, as a graph.
 
-    Args:
-        tensor: in the graph, at the cut; `made`: the float tensor that the layers make.
-        shapes: of both in the graph, without the batch.
+    `shapes` are those of both in the graph, without the batch.
     """
-    kind = "float32" if wire is None else "uint8"
-    part = extract(
-        copy_of(chain_whole),
-        [tensor_info(tensor, kind, shapes[0])],
-        [tensor_info(made, "float32", shapes[1])],
-        "branch",
-    )
-    parts = _Parts(opset(part))
-    first = [_channels_first(FEATURES, tensor, shapes[0])]
-    values = parts.add("Transpose", [made], perm=[0, 2, 3, 1]) if len(shapes[1]) == 3 else made
-    row = _pool(parts, values, on_wire(shapes[1]), pooling)
-    nodes = [*first, *part.graph.node]
-    return _front(parts, wire, on_wire(shapes[0]), row, nodes, list(part.graph.initializer))
+    ends = tensor_info(tensor, kind, shapes[0]), tensor_info(made, "float32", shapes[1])
+    return extract(copy_of(whole), [ends[0]], [ends[1]], "branch")
+
+
+def branch_front(layers: ModelProto, wire: Wire | None, shapes: Shapes, pooling: Pooling) -> ModelProto:
+    """Pools what a branch's layers make of the features; they may read floats or the wire's own uint8."""
+    source, made = layers.graph.input[0], layers.graph.output[0].name
+    reading, parts = _Parts(opset(layers), f"{PREFIX}wire/"), _Parts(opset(layers))
+    values = FEATURES
+    if source.type.tensor_type.elem_type == TensorProto.FLOAT:
+        values = _read(reading, wire, on_wire(shapes[0]))
+    nodes = [*reading.nodes, _channels_first(values, source.name, shapes[0]), *layers.graph.node]
+    made = parts.add("Transpose", [made], perm=[0, 2, 3, 1]) if len(shapes[1]) == 3 else made
+    row = _pool(parts, made, on_wire(shapes[1]), pooling)
+    return _front(parts, wire, on_wire(shapes[0]), row, nodes, [*reading.weights, *layers.graph.initializer])
 
 
 def statistics_front(wire: Wire | None, shape: Shape) -> ModelProto:

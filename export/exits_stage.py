@@ -7,7 +7,7 @@ its group. That is the pilot of `risk.choose`, which then tests thresholds on fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import msgspec
@@ -18,28 +18,16 @@ from onnx import ModelProto
 
 from export import exits_judge
 from export.cuts import Cut
-from export.exits import (
-    FEATURES,
-    POOLINGS,
-    ROW,
-    Pooling,
-    branch_front,
-    guarded,
-    head_macs,
-    head_model,
-    own_head,
-    pooled_front,
-    statistics_front,
-)
+from export.exits import FEATURES, ROW, guarded, head_macs, head_model, statistics_front
+from export.exits_candidates import Candidate, candidates_at
+from export.exits_candidates import Trunk as Trunk  # who makes exits names it from here
 from export.exits_fit import choose_temperature, fit_head
 from export.exits_guard import damages, distance_limit, fit_guard
 from export.frames import COPIES, FEW, FrameSet, copies, frames_for
 from export.graph import FRAME, LOGITS, write
-from export.recipe import Opened, Recipe
+from export.recipe import Recipe
 from export.report import Report
 from export.risk import CONFIDENCE, Words, choose, frames_wanted, loosest
-from export.slicing import Chain, on_wire
-from export.wires import Wire
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, ExitSpec, OperatingPoint
 from runtime.policy import classify
@@ -50,27 +38,6 @@ TABLE = (0.9, 0.95, 0.98, 0.99)  # agreements that every bundle has thresholds f
 OBSERVED = 16  # frames at once, where the graphs take them
 FEW_COPIES = 2  # of each fit frame, once there are many
 DAMAGED = 200  # fit frames that are damaged in each way, for the guard
-BRANCHES = (0.1, 0.2, 0.35)  # multiply-accumulates of a branch, as shares of those behind its cut
-
-
-@dataclass(frozen=True, slots=True)
-class Trunk:
-    """What the exits hang on."""
-
-    opened: Opened
-    chosen: Sequence[Cut]
-    chain: Chain
-    wires: Sequence[Wire | None]
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A head that may be the best at its cut, and what its front made of the fit frames and their copies."""
-
-    kind: str
-    front: ModelProto  # of a model's own exit: the whole head
-    own: bool = False
-    rows: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +53,8 @@ class Fitted:
 
 def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, report: Report) -> list[Fitted]:
     """Fit, compare and choose a head for every chosen cut; the model's own where it has one. Files are written."""
-    candidates = [_candidates(trunk, place, recipe.heads) for place in range(len(trunk.chosen))]
-    statistics = [Candidate("guard", statistics_front(*_at(trunk, place))) for place in range(len(trunk.chosen))]
+    candidates = [candidates_at(trunk, place, frames, recipe) for place in range(len(trunk.chosen))]
+    statistics = [Candidate("guard", statistics_front(*trunk.at(place))) for place in range(len(trunk.chosen))]
     fronts = [[*heads, guard] for heads, guard in zip(candidates, statistics, strict=True)]
     count, logits = _observe(trunk, bundle, frames, fronts, recipe, report)
     groups = np.repeat(frames.groups[frames.roles["fit"]], count)
@@ -105,7 +72,7 @@ def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, re
             (_fit(candidate, logits, groups, count, place + 1, recipe) for candidate in candidates[place]),
             key=lambda made: _value(made, cut, trunk.opened.macs, recipe.agreement),
         )
-        model = guarded(best.model, guard, *_at(trunk, place))
+        model = guarded(best.model, guard, *trunk.at(place))
         write(model, bundle.path / exit_file(place + 1))
         report.note(f"exit {place + 1}: {best.spec.kind}, {best.spec.macs / max(1, trunk.opened.macs):.2%} of the MACs")
         spec = msgspec.structs.replace(best.spec, distance_limit=limit, macs=head_macs(model))
@@ -159,55 +126,6 @@ def _why_not(pilot: Words, place: int, agreement: float, tested: int) -> str:
     if wanted is None:
         return f"{said}, and it is right too seldom for more frames to help; choose a lower agreement or a deeper cut"
     return f"{said}; about {frames_for(max(wanted, tested + 1)):,} frames in all would (--frames, --max-frames)"
-
-
-def _at(trunk: Trunk, place: int) -> tuple[Wire | None, tuple[int, ...]]:
-    return trunk.wires[place], on_wire(trunk.chosen[place].shape)
-
-
-def _candidates(trunk: Trunk, place: int, heads: str) -> list[Candidate]:
-    cut = trunk.chosen[place]
-    wire, shape = _at(trunk, place)
-    own = trunk.opened.own.get(cut.tensor)
-    if own is not None:
-        whole = trunk.opened.simplified.whole
-        model = own_head(whole, own, cut.tensor, wire, cut.shape, f"exit{place + 1}")
-        return [Candidate("the model's own exit", model, own=True)]
-    poolings: list[Pooling] = ["mean"]
-    if heads != "linear" and len(shape) > 1:
-        poolings += ["moments", "grid"]
-    found = [Candidate(POOLINGS[pooling], pooled_front(wire, shape, pooling)) for pooling in poolings]
-    branches = [] if heads == "linear" else _branches(trunk, place)
-    return branches if heads == "branch" and branches else found + branches
-
-
-def _branches(trunk: Trunk, place: int) -> list[Candidate]:
-    """Heads behind the trunk's next layers, up to the next chosen cut."""
-    cut, total = trunk.chosen[place], trunk.opened.macs
-    behind = trunk.chosen[place + 1].index if place + 1 < len(trunk.chosen) else len(trunk.opened.cuts) + 1
-    deeper = [other for other in trunk.opened.cuts if cut.index < other.index < behind and other.macs > cut.macs]
-    made = {tensor for node in trunk.chain.whole.graph.node for tensor in node.output}
-    deeper = [other for other in deeper if other.tensor in made]
-    wanted = {
-        min(deeper, key=lambda other: abs(other.macs - cut.macs - share * (total - cut.macs))).index: None
-        for share in BRANCHES
-        if deeper
-    }
-    return [
-        Candidate(
-            f"{POOLINGS['moments']} behind a branch up to {other.after}",
-            branch_front(
-                trunk.chain.whole,
-                trunk.chain.wires[place + 1],
-                other.tensor,
-                trunk.wires[place],
-                (cut.shape, other.shape),
-                "moments",
-            ),
-        )
-        for other in deeper
-        if other.index in wanted
-    ]
 
 
 def _observe(

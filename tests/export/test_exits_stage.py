@@ -122,7 +122,7 @@ def test_a_branch_is_the_trunks_next_layers_and_a_head(
     branch = replace(recipe, heads="branch", target=target, cuts=("1",))
     made = export(branch, tmp_path / "branch", SILENT)
     spec = made.bundle.manifest.exits[0]
-    assert "behind a branch up to" in spec.kind
+    assert "spreads behind" in spec.kind
     head = onnx.load(made.bundle.path / (spec.file or ""))
     assert any(node.op_type == "Conv" for node in head.graph.node)
     linear = export(replace(branch, heads="linear"), tmp_path / "linear", SILENT)
