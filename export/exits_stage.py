@@ -12,11 +12,12 @@ from itertools import islice
 
 import msgspec
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export import exits_judge
+from export import exits_judge, timing
 from export.cuts import Cut
 from export.exits import FEATURES, ROW, guarded, head_macs, head_model, statistics_front
 from export.exits_candidates import Candidate, candidates_at
@@ -118,6 +119,21 @@ def choose_points(
             )
         )
     return specs, notes
+
+
+def exits_ms(bundle: Bundle, frame: Tensor) -> dict[str, float]:
+    """By cut, how long the head that hangs there takes for one frame, uint8 (1, height, width, 3), guard included."""
+    segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
+    pairs: list[tuple[ModelProto, Tensor]] = []
+    cuts: list[str] = []
+    tensor = frame
+    for index, segment in segments.items():
+        tensor = segment.run(tensor)
+        spec = bundle.exit_at(index + 1)
+        if spec is not None and spec.file is not None:
+            pairs.append((onnx.load(bundle.path / spec.file), tensor))
+            cuts.append(str(spec.cut))
+    return dict(zip(cuts, timing.run_ms(*pairs), strict=True))
 
 
 def _why_not(pilot: Words, place: int, agreement: float, tested: int) -> str:

@@ -20,7 +20,7 @@ from export.codecs import fit_codecs, measure_codecs
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
 from export.exits_judge import accuracy
-from export.exits_stage import Trunk, choose_points, fit_exits
+from export.exits_stage import Trunk, choose_points, exits_ms, fit_exits
 from export.frames import FrameSet, load_frames
 from export.graph import write
 from export.labels import read_labels
@@ -65,7 +65,7 @@ def export(recipe: Recipe, out: Path, report: Report, *, force: bool = False) ->
     with staging(out, force=force) as scratch:
         bundle = _assemble(opened, chosen, chain, quantized, frames, floating, labels, recipe, scratch, report)
         report.stage("time the segments on this machine")
-        whole_ms, segment_ms = _profile(chain, everything[0], scratch)
+        whole_ms, segment_ms = _profile(chain, bundle, everything[0], scratch)
         save(bundle.manifest, scratch)
         staged = load(scratch)
         verify_files(staged)
@@ -181,10 +181,11 @@ def _batches(bundle: Bundle, chain: Chain, seen: prove.Replayed, *, exact: bool)
     return tuple(specs)
 
 
-def _profile(chain: Chain, frame: NDArray[np.uint8], scratch: Path) -> tuple[float, tuple[float, ...]]:
+def _profile(chain: Chain, bundle: Bundle, frame: NDArray[np.uint8], scratch: Path) -> tuple[float, tuple[float, ...]]:
     """Times differ from machine to machine and from run to run, so they lie beside the manifest."""
     whole_ms, segment_ms = timing.time_chain(chain, frame)
     profile = {"machine": timing.machine(), "threads": 1, "whole_ms": whole_ms, "segment_ms": segment_ms}
+    profile["exit_ms"] = exits_ms(bundle, frame)
     (scratch / "profile.json").write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return whole_ms, segment_ms
 
