@@ -18,7 +18,10 @@ from export.exits_judge import ExitRow
 
 AGREEMENTS = (0.90, 0.95, 0.98)
 DIVERGENCES = (0.2, 0.1, 0.05, 0.02)  # mean KL in nats
-DECIDING = (0.95, 0.90)  # the agreement at which it is decided whether splitting pays: the first that a cut reaches
+DECIDING = (0.95, 0.90)  # where it is decided whether splitting pays: the highest at which some cut surely does
+    0.95,
+    0.90,
+)  # the agreement at which it is decided whether splitting pays: the highest that some cut holds for sure
 LATE_RATIO = 0.9  # of the device's time: a cut behind it leaves nothing worth handing over
 FEATURES: tuple[Way, ...] = ("features",)
 STREAMS: tuple[Way, ...] = ("stream", "features")
@@ -198,8 +201,8 @@ def cut_times(afters: Sequence[str], segment_ms: Sequence[float], macs: Sequence
 def judge(equal: Sequence[EqualRow], times: Sequence[CutTime], ceiling: CodecRow, *, rivals: bool) -> Verdict:
     """Say whether splitting pays: at an equal agreement fewer bytes than any picture, before most of the work is done.
 
-    Of the cuts for which that holds beyond the error of measurement, the one with the least product of bytes and
-    device time is named.
+    Of the cuts for which that holds beyond the error of measurement, at the highest of DECIDING where there are any, the
+    one with the least product of bytes and device time is named.
 
     Args:
         equal: rows at equal agreement.
@@ -207,64 +210,77 @@ def judge(equal: Sequence[EqualRow], times: Sequence[CutTime], ceiling: CodecRow
         ceiling: the segments without codec.
         rivals: whether pictures were measured.
     """
-    whole_ms = times[-1].before_ms
-    wanted, reached = DECIDING[-1], list[EqualRow]()
-    features = [row for row in equal if row.way == "features" and row.quality == "agreement"]
-    for wanted in DECIDING:
-        reached = [row for row in features if row.wanted == wanted and row.bytes_mean is not None]
-        if reached:
-            break
-    if not reached:
-        return Verdict(
-            split=False,
-            cut=None,
-            sentence=f"Do not split: no cut's features reach an agreement of {wanted:.2f} at any rate "
-            f"(the segments alone: {ceiling.agreement:.3f}). {_alternatives(whole_ms)}",
-        )
     share = {time.cut: time.time_ratio for time in times}
-    smallest = min(reached, key=lambda row: row.bytes_mean or math.inf)
-    rival = f"{smallest.rival}, the best picture codec"
-    if not rivals:
-        return Verdict(
-            split=False,
-            cut=None,
-            sentence=f"Undecided, since no picture codec was measured: {_place(smallest)}, "
-            f"{_bytes(smallest.bytes_mean)} a frame hold an agreement of {wanted:.2f}.",
-        )
-    # Where no picture reaches the agreement, any features that do are worth it.
-    smaller = [row for row in reached if row.rival is None or (row.ratio_low is not None and row.ratio_low > 1)]
-    if not smaller:
-        doubt = ""
-        if smallest.ratio is not None and smallest.ratio > 1:
-            doubt = f"; the difference is within the error of measurement on {smallest.n} frames"
-        return Verdict(
-            split=False,
-            cut=None,
-            sentence=f"Do not split: at an agreement of {wanted:.2f} the smallest features ({_place(smallest)}) "
-            f"take {_bytes(smallest.bytes_mean)} a frame, {rival}, {_bytes(smallest.rival_bytes_mean)}{doubt}. "
-            f"{_alternatives(whole_ms)}",
-        )
-    early = [row for row in smaller if share[row.cut] <= LATE_RATIO]
-    if not early:
-        row = min(smaller, key=lambda row: share[row.cut])
-        return Verdict(
-            split=False,
-            cut=None,
-            sentence=f"Do not split: features are smaller than {rival}, only {_place(row)}, when the device has done "
-            f"{share[row.cut]:.0%} of the work; let it do the rest ({whole_ms:.1f} ms here).",
-        )
-    best = min(early, key=lambda row: (row.bytes_mean or math.inf) * share[row.cut])
-    before = next(time.before_ms for time in times if time.cut == best.cut)
-    versus = (
-        "while no picture codec reaches it"
-        if best.ratio is None or best.rival is None
-        else f"{best.ratio:.1f} times fewer{_interval(best)} than {best.rival}, the best picture codec"
+    reached = {level: _features(equal, level) for level in DECIDING}
+    smaller = {level: [row for row in rows if _is_smaller(row)] for level, rows in reached.items()}
+    early = {level: [row for row in rows if share[row.cut] <= LATE_RATIO] for level, rows in smaller.items()}
+    wanted = next((level for level in DECIDING if early[level]), None)
+    if rivals and wanted is not None:
+        best = min(early[wanted], key=lambda row: (row.bytes_mean or math.inf) * share[row.cut])
+        return Verdict(split=True, cut=best.cut, sentence=_pays(best, times))
+    wanted = next((level for level in DECIDING if reached[level]), DECIDING[-1])
+    return Verdict(split=False, cut=None, sentence=_pays_not(wanted, reached, smaller, times, ceiling, rivals=rivals))
+
+
+def _features(equal: Sequence[EqualRow], level: float) -> list[EqualRow]:
+    rows = [row for row in equal if row.way == "features" and row.quality == "agreement" and row.wanted == level]
+    return [row for row in rows if row.bytes_mean is not None]
+
+
+def _is_smaller(row: EqualRow) -> bool:
+    """Beyond the error of measurement; where no picture reaches the agreement, any features that do are worth it."""
+    return row.rival is None or (row.ratio_low is not None and row.ratio_low > 1)
+
+
+def _pays(best: EqualRow, times: Sequence[CutTime]) -> str:
+    time = next(time for time in times if time.cut == best.cut)
+    versus = "while no picture codec reaches it"
+    if best.ratio is not None and best.rival is not None:
+        versus = f"{best.ratio:.1f} times fewer{_interval(best)} than {best.rival}, the best picture codec"
+    return (
+        f"Splitting pays: after {best.after}, {_bytes(best.bytes_mean)} a frame hold an agreement of {best.wanted:.2f}"
+        f", {versus}, and the device runs {time.time_ratio:.0%} of the model "
+        f"({time.before_ms:.1f} of {times[-1].before_ms:.1f} ms here)."
     )
-    return Verdict(
-        split=True,
-        cut=best.cut,
-        sentence=f"Splitting pays: {_place(best)}, {_bytes(best.bytes_mean)} a frame hold an agreement of {wanted:.2f}"
-        f", {versus}, and the device runs {share[best.cut]:.0%} of the model ({before:.1f} of {whole_ms:.1f} ms here).",
+
+
+def _pays_not(
+    wanted: float,
+    reached: Mapping[float, Sequence[EqualRow]],
+    smaller: Mapping[float, Sequence[EqualRow]],
+    times: Sequence[CutTime],
+    ceiling: CodecRow,
+    *,
+    rivals: bool,
+) -> str:
+    whole_ms = times[-1].before_ms
+    otherwise = f"Send pictures, or run all of it on the device ({whole_ms:.1f} ms here)."
+    if not reached[wanted]:
+        return (
+            f"Do not split: no cut's features reach an agreement of {wanted:.2f} at any rate "
+            f"(the segments alone: {ceiling.agreement:.3f}). {otherwise}"
+        )
+    smallest = min(reached[wanted], key=lambda row: row.bytes_mean or math.inf)
+    if not rivals:
+        return (
+            f"Undecided, since no picture codec was measured: after {smallest.after}, {_bytes(smallest.bytes_mean)} "
+            f"a frame hold an agreement of {wanted:.2f}."
+        )
+    late = next((rows for rows in smaller.values() if rows), None)
+    if late is not None:
+        share = {time.cut: time.time_ratio for time in times}
+        row = min(late, key=lambda row: share[row.cut])
+        return (
+            f"Do not split: features are smaller than any picture only after {row.after}, when the device has done"
+            f" {share[row.cut]:.0%} of the work; let it do the rest ({whole_ms:.1f} ms here)."
+        )
+    doubt = ""
+    if smallest.ratio is not None and smallest.ratio > 1:
+        doubt = f"; {smallest.n} frames are too few to tell them apart"
+    return (
+        f"Do not split: at an agreement of {wanted:.2f} the smallest features (after {smallest.after}) take "
+        f"{_bytes(smallest.bytes_mean)} a frame, {smallest.rival}, the best picture codec, "
+        f"{_bytes(smallest.rival_bytes_mean)}{doubt}. {otherwise}"
     )
 
 
@@ -299,10 +315,6 @@ def _finite(value: float, digits: int) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def _place(row: EqualRow) -> str:
-    return f"after {row.after}"
-
-
 def _bytes(value: float | None) -> str:
     return f"{value:,.0f} bytes"
 
@@ -311,7 +323,3 @@ def _interval(row: EqualRow) -> str:
     if row.ratio_low is None:
         return ""
     return f" [{row.ratio_low:.1f}, {'open' if row.ratio_high is None else f'{row.ratio_high:.1f}'}]"
-
-
-def _alternatives(whole_ms: float) -> str:
-    return f"Send pictures, or run all of it on the device ({whole_ms:.1f} ms here)."

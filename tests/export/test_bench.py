@@ -307,7 +307,7 @@ def equal_row(cut: int, wanted: float, size: float | None, rival: float | None) 
         ((20000, 12000, 9500), 9000, None, "Do not split: at an agreement of 0.95 the smallest features"),
         ((20000, 12000, 1000), 9000, None, "when the device has done 95% of the work"),
         ((None, None, None), 9000, None, "no cut's features reach an agreement of 0.90"),
-        ((8900, 12000, 9500), 9000, None, "is within the error of measurement on 100 frames"),
+        ((8900, 12000, 9500), 9000, None, "100 frames are too few to tell them apart"),
     ],
 )
 def test_the_verdict(
@@ -327,5 +327,7 @@ def test_where_no_cut_is_good_enough_the_lower_agreement_decides(made: Made) -> 
     assert ceiling is not None
     times = cut_times(["camera", "block 1", "end"], [1.0, 1.0], [1, 1])
     equal = [equal_row(1, 0.95, None, 9000), equal_row(1, 0.9, 500, 8000)]
+    unsure = [msgspec.structs.replace(equal_row(1, 0.95, 600, 9000), ratio_low=None), equal[1]]
+    assert "an agreement of 0.90, 16.0 times fewer" in judge(unsure, times, ceiling, rivals=True).sentence
     assert "an agreement of 0.90, 16.0 times fewer" in judge(equal, times, ceiling, rivals=True).sentence
     assert judge(equal, times, ceiling, rivals=False).sentence.startswith("Undecided")
