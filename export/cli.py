@@ -21,6 +21,7 @@ from export.timing import Timed
 from runtime.errors import CameraError
 from runtime.manifest import Bundle
 
+MOST_VARIANTS = 8
 TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.items())
 
 
@@ -44,6 +45,12 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
     default=0.98,
     show_default=True,
     help="Share of an exit's answers that must equal the whole float model's.",
+)
+@click.option(
+    "--variants",
+    default="3",
+    show_default=True,
+    help="Make at most so many smaller stand-ins for the first segment, each faster and less exact; or none.",
 )
 @click.option(
     "--sensitivity",
@@ -89,6 +96,7 @@ def export_command(
     cuts: str | None,
     tiers: str,
     agreement: float,
+    variants: str,
     sensitivity: Literal["gradients", "probes"],
     heads: Literal["auto", "linear", "branch"],
     labels: Path | None,
@@ -136,6 +144,7 @@ def export_command(
         tiers=_tiers(tiers),
         cuts=tuple(filter(None, (part.strip() for part in (cuts or "").split(",")))),
         agreement=agreement,
+        variants=_variants(variants),
         sensitivity=sensitivity,
         heads=heads,
         labels=labels,
@@ -241,6 +250,16 @@ def _print_json(exported: Exported) -> None:
 
 def _total_bytes(bundle: Bundle) -> int:
     return sum(spec.size_bytes for spec in bundle.manifest.files)
+
+
+def _variants(text: str) -> int:
+    if text == "none":
+        return 0
+    if not text.isdecimal() or int(text) > MOST_VARIANTS:
+        raise click.BadParameter(
+            f"{text!r} is neither none nor a number up to {MOST_VARIANTS}", param_hint="--variants"
+        )
+    return int(text)
 
 
 def _tiers(text: str) -> tuple[str, ...]:

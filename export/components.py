@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HELD = 1 << 22  # values that wait to be summed
+KNOWN = 1e-7  # of a channel's variance
 EXACT = 1024  # up to so many channels are selected one by one, more of them in groups
 
 Matrix = NDArray[np.float64]
@@ -58,22 +59,25 @@ def principal_order(covariance: Matrix, weight: Matrix) -> tuple[NDArray[np.int6
     width = len(covariance)
     left, read = covariance.copy(), weight @ covariance
     gram = weight.T @ weight
-    floor = 1e-9 * max(float(np.trace(covariance)) / width, 1e-30)
+    # What is left of a channel below this is rounding: the others already tell all of it.
+    floor = KNOWN * np.maximum(covariance.diagonal(), max(float(np.trace(covariance)) / width, 1e-30))
     taken: list[int] = []
-    errors = [float(np.sum(gram * covariance))]
+    errors = [max(0.0, float(np.sum(gram * covariance)))]
     free = np.ones(width, dtype=bool)
     group = -(-width // EXACT)
     while len(taken) < width:
-        variance = np.maximum(left.diagonal(), floor)
-        gains = np.where(free, (read**2).sum(axis=0) / variance, -1.0)
+        new = free & (left.diagonal() > floor)
+        gains = np.where(free, 0.0, -1.0)
+        gains[new] = (read[:, new] ** 2).sum(axis=0) / left.diagonal()[new]
         for channel in np.argsort(-gains, kind="stable")[: min(group, width - len(taken))]:
-            pivot = left[:, channel].copy()
-            known = max(float(pivot[channel]), floor)
-            gain = float((read[:, channel] ** 2).sum()) / known
-            read -= np.outer(read[:, channel] / known, pivot)
-            left -= np.outer(pivot / known, pivot)
             free[channel] = False
             taken.append(int(channel))
+            gain = 0.0
+            pivot = left[:, channel].copy()
+            if pivot[channel] > floor[channel]:
+                gain = float((read[:, channel] ** 2).sum()) / float(pivot[channel])
+                read -= np.outer(read[:, channel] / pivot[channel], pivot)
+                left -= np.outer(pivot / pivot[channel], pivot)
             errors.append(max(0.0, errors[-1] - gain))
     return np.array(taken, np.int64), np.array(errors)
 

@@ -43,7 +43,7 @@ MULTIPLE = 16  # of channels: onnxruntime's int8 depthwise convolution is up to 
 RIDGE = 1e-6  # of the mean variance of what is read
 ROWS_PER_INPUT = 64  # places that are looked at, over all frames, for each value that a layer reads at one place
 LEAST_ROWS = 128  # in one frame
-PROBED = 32  # inputs on which it is measured what the answer loses
+PROBED = 24  # inputs on which it is measured what the answer loses, and as many that it is fitted on
 MOST = 4608  # values that a layer reads at one place; one that reads more keeps its weights
 
 
@@ -174,9 +174,11 @@ def _weighed(analysis: Analysis, tail: ModelProto, multiple: int) -> tuple[Unit,
     A small error moves the logits in proportion, and the divergence grows with the square of that, as the variance
     that is lost does: one measurement scales the whole curve.
     """
-    probed = analysis.inputs[:PROBED]
-    few = replace(analysis, inputs=probed)
-    original = _answers(analysis.model, tail, probed)
+    # What the layers behind take back counts, so all of them are fitted again, and others judge where there are others.
+    few = replace(analysis, inputs=analysis.inputs[:PROBED])
+    judges = analysis.inputs[PROBED : 2 * PROBED] or few.inputs
+    original = _answers(analysis.model, tail, judges)
+    whole = {unit.hidden.reader: unit.hidden.width for unit in analysis.units}
     units = []
     for unit in analysis.units:
         hull = _hull(unit, multiple)
@@ -184,9 +186,7 @@ def _weighed(analysis: Analysis, tail: ModelProto, multiple: int) -> tuple[Unit,
         if width is None or unit.errors[width] <= 0:
             units.append(unit)
             continue
-        model = copy_of(analysis.model)
-        _refit(model, _reduce(model, unit, width), few)
-        said = _answers(model, tail, probed)
+        said = _answers(stand_in(few, {**whole, unit.hidden.reader: width}), tail, judges)
         nats = float((np.exp(original) * (original - said)).sum(axis=1).mean())
         units.append(replace(unit, errors=unit.errors * max(nats, 1e-9) / unit.errors[width]))
     return tuple(units)

@@ -28,6 +28,7 @@ from export.quantize import RECIPES, Quantized, quantize
 from export.recipe import Opened, Recipe, choose_cuts, open_model
 from export.report import Report
 from export.slicing import Chain, slice_float, slice_quantized
+from export.variants import add_variants, times_ms
 from export.wires import channel_ranges
 from runtime.manifest import Bundle, SegmentSpec, load, save, verify_files
 
@@ -123,6 +124,7 @@ def _assemble(
     bundle = _with(bundle, exits=(*specs, last))
     cuts = fit_codecs(opened, chosen, trunk.wires, bundle, frames, floating, recipe, report)
     bundle = _with(bundle, cuts=cuts, files=list_files(scratch))
+    bundle = add_variants(bundle, trunk, fitted, frames, floating, labels, recipe, report)
     return _prove(bundle, chain, frames, floating, labels, recipe, report, exact=exact)
 
 
@@ -185,6 +187,7 @@ def _profile(chain: Chain, bundle: Bundle, frame: NDArray[np.uint8], scratch: Pa
     """Times differ from machine to machine and from run to run, so they lie beside the manifest."""
     whole_ms, segment_ms = timing.time_chain(chain, frame)
     profile = {"machine": timing.machine(), "threads": 1, "whole_ms": whole_ms, "segment_ms": segment_ms}
+    profile["variant_ms"] = times_ms(bundle, frame)
     profile["exit_ms"] = exits_ms(bundle, frame)
     (scratch / "profile.json").write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return whole_ms, segment_ms

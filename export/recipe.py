@@ -34,6 +34,8 @@ class Recipe:
     heads: Literal["auto", "linear", "branch"] = "auto"
     labels: Path | None = None  # a file with the true class of each picture
     sensitivity: Literal["gradients", "probes"] = "gradients"
+    refine_minutes: float = 0.0
+    variants: int = 0  # of the first segment, at most so many
     target: str | None = "x86-vnni"  # None: float
     min_cosine: float = 0.98
     max_frames: int = 2000

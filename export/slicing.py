@@ -51,7 +51,7 @@ def _chain(
     dtypes: tuple[Literal["uint8", "float32"], ...] = ("uint8", *(dtype for _ in cuts), "float32")
     infos = [tensor_info(*entry) for entry in zip(names, dtypes, at, strict=True)]
     segments = tuple(
-        _channels_last(extract(whole, [infos[index]], [infos[index + 1]], f"segment{index}"), first=index == 0)
+        channels_last(extract(whole, [infos[index]], [infos[index + 1]], f"segment{index}"), first=index == 0)
         for index in range(len(cuts) + 1)
     )
     return Chain(whole, segments, names, dtypes, (at[0], *map(on_wire, at[1:])))
@@ -67,7 +67,7 @@ def in_graph(shape: Shape) -> Shape:
     return (shape[-1], *shape[:-1]) if len(shape) == 3 else shape
 
 
-def _channels_last(segment: ModelProto, *, first: bool) -> ModelProto:
+def channels_last(segment: ModelProto, *, first: bool) -> ModelProto:
     """Give a segment ends that take and give maps with their channels last; the frame is so already."""
     graph = segment.graph
     source, sink = graph.input[0], graph.output[0]

@@ -36,6 +36,12 @@ class TorchGraph:
         }
         self._input, self._output = model.graph.input[0].name, model.graph.output[0].name
 
+    def trainable(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Constants as tensors that gather gradients, by name."""
+        for name in names:
+            self._constants[name].requires_grad_()
+        return {name: self._constants[name] for name in names}
+
     def __call__(self, features: Tensor) -> Tensor:
         """The output for `features`, as the graph takes them.
 
@@ -131,7 +137,8 @@ def _pool(kind: str) -> Op:
 
 
 def _clip(values: Tensor, low: Tensor | None = None, high: Tensor | None = None, **_: Any) -> Tensor:
-    return values if low is None and high is None else torch.clamp(values, low, high)
+    ends = [None if end is None else float(end) for end in (low, high)]
+    return values if ends == [None, None] else torch.clamp(values, *ends)
 
 
 def _reshape(values: Tensor, shape: Tensor, **_: Any) -> Tensor:
@@ -198,6 +205,7 @@ _OPERATORS: dict[str, Op] = {
     "Add": torch.add,
     "AveragePool": _pool("average"),
     "BatchNormalization": _batch_norm,
+    "Cast": lambda values, *, to: values.to(torch.from_numpy(np.zeros(0, helper.tensor_dtype_to_np_dtype(to))).dtype),
     "Clip": _clip,
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Constant": lambda *, value: value,

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.components import principal_basis, principal_order
+from export.distill import distil
 from export.graph import Index, constant
 from export.hidden import find_hidden, narrow
 from export.layers import biased_output, layer_of, patches, rows, shapes_of, split
 from export.lowrank import analyse, decompose, stand_in, widths
+from export.variants import time_side_by_side
 from runtime.segment_onnx import session_options
 
 Values = dict[str, NDArray[np.generic]]
@@ -244,6 +247,56 @@ def test_channels_that_others_read_are_not_hidden() -> None:
     ]
     model = graph(nodes, weights, ["batch", 4], ["batch", 4])
     assert find_hidden(model, shapes_of(model)) == []
+
+
+def test_training_brings_a_stand_in_nearer_and_is_the_same_again() -> None:
+    generator = np.random.default_rng(4)
+    teacher, inputs = inverted_residual(generator), smooth(generator, (4, 12, 12), 40)
+    others = smooth(generator, (4, 12, 12), 10)
+    head = generator.standard_normal((8, 5)).astype(np.float32)
+    tail = graph(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["p"], "pool"),
+            helper.make_node("Flatten", ["p"], ["f"], "flatten"),
+            helper.make_node("Gemm", ["f", "w"], ["y"], "head"),
+        ],
+        {"w": head},
+        ["batch", 8, 12, 12],
+        ["batch", 5],
+    )
+    student = ModelProto.FromString(teacher.SerializeToString())
+    for tensor in student.graph.initializer:
+        if tensor.name.endswith(".w"):
+            value = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(value * np.float32(0.9), tensor.name))
+    threads = torch.get_num_threads()
+    trained = distil(student, teacher, tail, inputs, steps=30, seed=0)
+    assert lost(teacher, trained, others) < 0.5 * lost(teacher, student, others)
+    again = distil(student, teacher, tail, inputs, steps=30, seed=0)
+    assert again.SerializeToString(deterministic=True) == trained.SerializeToString(deterministic=True)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_stand_in_that_is_as_good_as_it_gets_is_left_alone() -> None:
+    generator = np.random.default_rng(4)
+    weight = generator.standard_normal((6, 6)).astype(np.float32)
+    layer = helper.make_node("MatMul", ["x", "w"], ["y"], "layer")
+    model = graph([layer], {"w": weight}, ["batch", 6], ["batch", 6])
+    kept = distil(model, model, model, smooth(generator, (6,), 20), steps=5, seed=0)
+    assert kept.SerializeToString() == model.SerializeToString()
+
+
+def test_a_graph_with_more_to_do_takes_longer() -> None:
+    weight = np.ones((512, 512), np.float32)
+    small = [helper.make_node("MatMul", ["x", "w"], ["y"], "one")]
+    large = [
+        helper.make_node("MatMul", ["x" if step == 0 else f"m{step}", "w"], [f"m{step + 1}"], f"{step}")
+        for step in range(8)
+    ]
+    large[-1].output[0] = "y"
+    models = [graph(nodes, {"w": weight}, ["batch", 64, 512], None) for nodes in (small, large)]
+    fast, slow = time_side_by_side(models, np.ones((1, 64, 512), np.float32))
+    assert slow > 2 * fast
 
 
 matrices = arrays(np.float64, (30, 6), elements=st.floats(-3, 3, width=16))
