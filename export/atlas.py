@@ -19,12 +19,7 @@ from export.exits_judge import ExitRow
 AGREEMENTS = (0.90, 0.95, 0.98)
 DIVERGENCES = (0.2, 0.1, 0.05, 0.02)  # mean KL in nats
 DECIDING = (0.95, 0.90)  # where it is decided whether splitting pays: the highest at which some cut surely does
-    0.95,
-    0.90,
-)  # the agreement at which it is decided whether splitting pays: the highest that some cut holds for sure
 LATE_RATIO = 0.9  # of the device's time: a cut behind it leaves nothing worth handing over
-FEATURES: tuple[Way, ...] = ("features",)
-STREAMS: tuple[Way, ...] = ("stream", "features")
 
 
 class EqualRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +196,7 @@ def cut_times(afters: Sequence[str], segment_ms: Sequence[float], macs: Sequence
 def judge(equal: Sequence[EqualRow], times: Sequence[CutTime], ceiling: CodecRow, *, rivals: bool) -> Verdict:
     """Say whether splitting pays: at an equal agreement fewer bytes than any picture, before most of the work is done.
 
-    Of the cuts for which that holds beyond the error of measurement, at the highest of DECIDING where there are any, the
+    Of the cuts for which that holds beyond the error of measurement, at the highest of DECIDING that has any, the
     one with the least product of bytes and device time is named.
 
     Args:
