@@ -85,6 +85,9 @@ def test_every_cut_codec_and_rate_has_a_row_beside_every_rival(made: Made) -> No
     assert {(row["cut"], row["codec"], row["rate"]) for row in rows if row["way"] == "features"} == wanted
     assert {row["codec"] for row in rows if row["way"] == "picture"} == {"JPEG", "WebP", "AVIF"}
     assert {row["codec"] for row in rows if row["way"] == "video"} == {"H.264", "H.265"}
+    assert {(row["cut"], row["codec"]) for row in rows if row["way"] == "stream"} == {
+        (cut, codec) for cut, codec, _ in wanted if codec == "transform"
+    }
     assert {row["side_px"] for row in rows if row["way"] == "picture"} == {None, 23, 18}
     assert all(row["n"] == (20 if row["way"] in ("video", "stream") else 24) for row in rows)
     assert all(row["low"] <= row["agreement"] <= row["high"] for row in rows)
@@ -156,6 +159,14 @@ def test_the_atlas_is_a_note_and_its_json_is_read_back(made: Made, exported: Exp
     assert json.loads(msgspec.json.encode(read)) == atlas
     assert read.bundle == exported.bundle.id
     assert read.verdict is not None
+
+
+def test_export_leaves_an_atlas_of_its_judge_frames(exported: Exported) -> None:
+    read = msgspec.json.decode((exported.bundle.path / "atlas.json").read_bytes(), type=Atlas)
+    assert (read.bundle, read.frames.n) == (exported.bundle.id, 12)
+    assert read.frames.checked
+    assert {row.way for row in read.rows} == {"features", "picture"}
+    assert "<svg" in (exported.bundle.path / "atlas.html").read_text()
 
 
 def test_the_page_stands_alone(made: Made) -> None:
