@@ -72,6 +72,15 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
     type=click.Path(path_type=Path),
     help="A file of lines NAME,CLASS for the pictures of --frames: states accuracies as well. Nothing is fitted to it.",
 )
+@click.option(
+    "--refine",
+    "refine_minutes",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="MINUTES",
+    help="Refine the codec of each cut by distillation for so long; kept only where it wins on held-back frames. "
+    "The bundle then depends on the machine's speed.",
+)
 @click.option("--target", type=click.Choice(list(TARGETS)), default="x86-vnni", show_default=True, help=TARGET_HELP)
 @click.option("--float", "as_float", is_flag=True, help="Do not quantize.")
 @click.option(

@@ -137,9 +137,7 @@ def make_tables(coefficients: Array, steps: Doubles, seed: int) -> Tables:
     centroids, groups, expected, dictionaries = [], [], [], []
     for step in steps:
         scale = level_scales(coefficients, float(step))
-        in_steps = np.abs(coefficients / np.float32(step))
-        levels = np.rint(in_steps)
-        centroids.append([_centroid(in_steps, levels, 1), _centroid(in_steps, levels, 2)])
+        centroids.append(centroids_of(coefficients, float(step)))
         alone = np.clip(np.rint(coefficients / np.float32(step)), -MAX_LEVEL, MAX_LEVEL).astype(np.int16)
         generator = np.random.default_rng(seed)
         laid, likely, trained = [], [], []
@@ -164,10 +162,13 @@ def make_tables(coefficients: Array, steps: Doubles, seed: int) -> Tables:
     )
 
 
-def _centroid(in_steps: Array, levels: Array, least: int) -> float:
-    """How far outwards of its level a coefficient lies on average, for levels of 1, or of 2 and more."""
-    rows = levels == 1 if least == 1 else levels >= least
-    return float((in_steps[rows] - levels[rows]).mean(dtype=np.float64)) if rows.any() else 0.0
+def centroids_of(coefficients: Array, step: float) -> Array:
+    """How far outwards of its level a coefficient lies on average, in steps: for levels of 1, and of 2 and more."""
+    magnitude = np.abs(coefficients / np.float32(step))
+    levels = np.rint(magnitude)
+    off = magnitude - levels
+    means = [off[rows].mean(dtype=np.float64) if rows.any() else 0.0 for rows in (levels == 1, levels >= 2)]
+    return np.array(means, np.float32)
 
 
 def _draw(scale: Doubles, counts: NDArray[np.int32], count: int, generator: np.random.Generator) -> Levels:

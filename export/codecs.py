@@ -18,23 +18,26 @@ from onnx import ModelProto
 
 from export import transform_model
 from export.agreement import clopper_pearson
-from export.codec_tables import make_tables
+from export.codec_tables import centroids_of, make_tables
 from export.cuts import Cut
-from export.frames import FrameSet
+from export.frames import COPIES, FrameSet, copies
 from export.graph import LOGITS, Shape, extract, tensor_info, write
 from export.recipe import Opened, Recipe
+from export.refine import refine
 from export.report import Report
 from export.sensitivity import Tail, sensitivity
-from export.transform import Array, fit, layout_of
+from export.slicing import on_wire
+from export.torch_graph import UnknownOperatorError
+from export.transform import Array, Transform, fit, layout_of
 from export.wires import Wire
 from runtime.codec import CODECS, Codecs
-from runtime.codec_transform import MAX_LEVEL
+from runtime.codec_transform import MAX_LEVEL, values_of
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, CodecSpec, CutSpec, RateSpec
 from runtime.segment import Segment, load_segments
 from runtime.segment_onnx import session_options
 
-AGREEMENTS = (0.90, 0.95, 0.98, 0.99)  # that rates are chosen for; in percent they are the rates' parameters
+AGREEMENTS = (0.80, 0.90, 0.95, 0.98, 0.99)  # that rates are chosen for; in percent they are the rates' parameters
 JPEG_QUALITIES = (50, 75, 90)
 # Multiples of the step at which noise of a twelfth of its square in every coefficient costs TRIED_NATS.
 TRIED = tuple(2.0 ** (power / 2) for power in range(-3, 6))
@@ -43,6 +46,7 @@ MAX_VALUES = 1 << 27  # of features held at once; frames are thinned out beyond
 # Where the segments alone already miss an agreement, the codec may add this share of what it allows to be wrong.
 ADDED_RATIO = 0.25
 MAX_COPIES_BATCH = 8
+SAMPLES_PER_CHANNEL = 4
 
 Logits = NDArray[np.float32]
 
@@ -56,6 +60,20 @@ class _Place:
     shape: Shape  # on the wire
     segments: Sequence[Segment]  # behind it
     features: Sequence[Tensor]  # of the calibration frames, as they travel
+    looks: Sequence[Tensor]  # of other looks at the fit frames
+    logits: Logits  # (frames, classes) of the whole float model
+    held: NDArray[np.bool_]  # (frames,): those that refinement is judged on
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """The whole float model's: (frames,)."""
+        said: NDArray[np.int64] = self.logits.argmax(axis=1)
+        return said
+
+    @property
+    def thinned(self) -> int:
+        """Every how many frames' features can be held at once."""
+        return max(1, -(-(len(self.features) + len(self.looks)) * int(np.prod(self.shape)) // MAX_VALUES))
 
 
 def fit_codecs(
@@ -70,18 +88,27 @@ def fit_codecs(
 ) -> tuple[CutSpec, ...]:
     """Fit the transform codec of every cut and write its files into the bundle; every cut with what it can use."""
     rows = np.concatenate([frames.roles["fit"], frames.roles["threshold"]])
-    answers = floating[rows].argmax(axis=1)
+    held = np.arange(rows.size) >= frames.roles["fit"].size
     segments, _ = load_segments(bundle, 0, len(chosen))
     tensors: list[Tensor] = [frames.pixels[row : row + 1] for row in rows]
+    looks = _looks(frames, max(on_wire(cut.shape)[-1] for cut in chosen), recipe.seed) if chosen else []
     specs = [_plain(bundle.manifest.cuts[0], first=True)]
     for number, (cut, wire) in enumerate(zip(chosen, wires, strict=True), start=1):
-        tensors = [segments[number - 1].run(tensor) for tensor in tensors]
+        tensors, looks = ([segments[number - 1].run(tensor) for tensor in each] for each in (tensors, looks))
         behind = [segments[index] for index in range(number, len(chosen) + 1)]
         spec = _plain(bundle.manifest.cuts[number], first=False)
-        place = _Place(cut, wire, spec.shape, behind, tensors)
-        made = _fit_one(place, opened, bundle, number, answers, recipe, report)
+        place = _Place(cut, wire, spec.shape, behind, tensors, looks, floating[rows], held)
+        made = _fit_one(place, opened, bundle, number, recipe, report)
         specs.append(msgspec.structs.replace(spec, codecs=(*spec.codecs, made)))
     return (*specs, bundle.manifest.cuts[-1])
+
+
+def _looks(frames: FrameSet, channels: int, seed: int) -> list[Tensor]:
+    """Other looks at the fit frames, as many as the matrices of the narrowest band, one vector a frame, ask for."""
+    generator = np.random.default_rng(seed)
+    fit_frames = frames.of("fit")
+    wanted = min(COPIES, -(-SAMPLES_PER_CHANNEL * channels // len(fit_frames)))
+    return [look for frame in fit_frames for look in list(copies(frame, generator))[::-1][: wanted - 1]]
 
 
 def tail_of(opened: Opened, cut: Cut) -> Tail:
@@ -105,24 +132,28 @@ def _fit_one(
     opened: Opened,
     bundle: Bundle,
     number: int,
-    answers: NDArray[np.int64],
     recipe: Recipe,
     report: Report,
 ) -> CodecSpec:
     layout = layout_of(place.shape)
-    thinned = max(1, -(-len(place.features) * int(np.prod(place.shape)) // MAX_VALUES))
     report.stage(f"fit the codec of cut {number}, after {place.cut.after}")
-    features = floats(place.features[::thinned], place.wire)
+    features = floats(place.features[:: place.thinned], place.wire)
     tail = tail_of(opened, place.cut)
-    found, method = sensitivity(tail, features, layout, recipe.seed, recipe.sensitivity, recipe.threads)
-    transform = fit(features, found, layout)
+    wide = features
+    if place.looks:
+        wide = np.concatenate([features, floats(place.looks[:: place.thinned], place.wire)])
+    found, method = sensitivity(tail, wide, layout, recipe.seed, recipe.sensitivity, recipe.threads)
+    transform = fit(wide, found, layout)
+    del wide
+    if recipe.refine_minutes:
+        transform = _refined(transform, tail, features, place, recipe, report)
     files = {name: f"cuts/{number}/{name}" for name in ("encoder.onnx", "decoder.onnx", "tables.npz")}
     encoder = transform_model.encoder(transform, place.wire, place.shape)
     decoder = transform_model.decoder(transform, place.wire, place.shape)
     write(encoder, bundle.path / files["encoder.onnx"])
     write(decoder, bundle.path / files["decoder.onnx"])
     coefficients = transform.analyse(features)
-    steps = _choose_steps(place, coefficients, thinned, decoder, answers, report)
+    steps = _choose_steps(place, coefficients, decoder, report)
     report.note(f"sensitivity by {method}; steps " + ", ".join(f"{step:.3g}" for step in steps))
     tables = make_tables(coefficients, steps, recipe.seed)
     (bundle.path / files["tables.npz"]).write_bytes(tables.dump())
@@ -135,27 +166,51 @@ def _fit_one(
     )
 
 
+def _refined(
+    transform: Transform, tail: Tail, features: Array, place: _Place, recipe: Recipe, report: Report
+) -> Transform:
+    """The transform after as many minutes of distillation as the recipe gives, if that made it better."""
+    logits, held = place.logits[:: place.thinned], place.held[:: place.thinned]
+    step = _unit(transform.analyse(features[:1]))
+    try:
+        made = refine(
+            transform, tail, features, logits, held, step=step, minutes=recipe.refine_minutes, seed=recipe.seed
+        )
+    except UnknownOperatorError as error:
+        report.note(f"not refined: {error}")
+        return transform
+    verdict = "not kept" if made.transform is transform else "kept"
+    report.note(
+        f"{made.rounds} rounds of refinement: {made.bits_ratio:.3f} of the bits on {int(held.sum())} held-back frames, "
+        f"{verdict}"
+    )
+    return made.transform
+
+
+def _unit(coefficients: Array) -> float:
+    """The step whose rounding errors in all coefficients (frames, n) cost TRIED_NATS together."""
+    return float(np.sqrt(12 * 2 * TRIED_NATS / coefficients.shape[1]))
+
+
 def _choose_steps(
     place: _Place,
     coefficients: Array,
-    thinned: int,
     decoder: ModelProto,
-    answers: NDArray[np.int64],
     report: Report,
 ) -> NDArray[np.float64]:
     """The step of every rate, coarsest first: (rates,)."""
-    unit = np.sqrt(12 * 2 * TRIED_NATS / coefficients.shape[1])
     session = ort.InferenceSession(decoder.SerializeToString(), session_options(1))
-    ceiling = np.mean([_answer(place.segments, features) for features in place.features] == answers)
-    tried = unit * np.array(TRIED)
+    ceiling = np.mean([_answer(place.segments, features) for features in place.features] == place.answers)
+    tried = _unit(coefficients) * np.array(TRIED)
     kept = []
     for step in report.track(list(tried), "rates"):
         levels = np.clip(np.rint(coefficients / np.float32(step)), -MAX_LEVEL, MAX_LEVEL)
+        restored = values_of(levels, float(step), centroids_of(coefficients, float(step)))
         said = [
             _answer(place.segments, session.run(None, {transform_model.COEFFICIENTS: row[np.newaxis]})[0])
-            for row in (levels * np.float32(step)).astype(np.float32)
+            for row in restored
         ]
-        kept.append(float(np.mean(said == answers[::thinned])))
+        kept.append(float(np.mean(said == place.answers[:: place.thinned])))
     return crossings(tried, np.array(kept), float(ceiling), len(coefficients), AGREEMENTS)
 
 

@@ -155,7 +155,7 @@ class TransformCodec:
         self._rate = rate
         tables = transform.tables
         self._step = float(tables.steps[rate])
-        self._first, self._further = (float(value) for value in tables.centroids[rate])
+        self._values = values_of(np.arange(-MAX_LEVEL, MAX_LEVEL + 1), self._step, tables.centroids[rate])
         self._expected = tables.expected[rate, 1:]
 
     def encode(self, tensor: Tensor) -> bytes:
@@ -214,16 +214,21 @@ class TransformCodec:
 
     def dequantize(self, levels: Levels) -> NDArray[np.float32]:
         """Levels (n,) as the coefficients that are to be expected where they stand."""
-        magnitude = np.abs(levels)
-        inwards = np.where(magnitude == 1, np.float32(self._first), np.float32(self._further))
-        values: NDArray[np.float32] = (magnitude + inwards * (magnitude > 0)) * np.sign(levels) * np.float32(self._step)
-        return values.astype(np.float32)
+        return self._values[levels.astype(np.int64) + MAX_LEVEL]
 
     def _activity(self, difference: Levels) -> int:
         """The activity whose expected number of changed levels is nearest."""
         changed = np.count_nonzero(difference)
         ratios: Any = np.log((self._expected + 1) / (changed + 1))
         return int(np.argmin(np.abs(ratios))) + 1
+
+
+def values_of(levels: NDArray[Any], step: float, centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Where the coefficients of each level lie on average, given the centroids (2,) of levels of 1 and of more."""
+    magnitude = np.abs(levels)
+    outwards = np.select([magnitude == 0, magnitude == 1], [np.float32(0), centroids[0]], centroids[1])
+    values: NDArray[np.float32] = (np.sign(levels) * (magnitude + outwards) * np.float32(step)).astype(np.float32)
+    return values
 
 
 def open_transform(bundle: Bundle, cut: CutSpec, spec: CodecSpec) -> Transform:

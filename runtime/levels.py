@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,10 +22,13 @@ from runtime.errors import PacketError
 
 Levels: TypeAlias = NDArray[np.int16]  # (n,), quantized coefficients: what both sides hold of a frame, exactly
 Longs: TypeAlias = NDArray[np.int64]
+Hashes: TypeAlias = NDArray[np.uint64]  # sums of levels times weights, modulo 2 ** 64
 
 BOOK_ROWS = 255
 RETRIES = 2
 PLACE_BITS = 32
+SLOT_BITS = 14
+MAX_TRIES = 200
 MORE = 255  # a byte of a patch that says: add 255 and read on
 MAX_MAGNITUDE = 4094  # of what is packed: twice a level's, for differences
 MAX_PATCH_BYTES = 2 + 2 * MAX_MAGNITUDE // MORE  # of one coefficient; a payload that unfolds to more is an attack
@@ -33,16 +37,21 @@ SIZE_BITS = 0xE0  # of a frame's first byte, set when it names its size, which w
 ZSTD_LEVEL = 1  # there is nothing to find but the Huffman table; higher levels gain under 1 % at five times the time
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Books:
     """The likeliest groups of every kind."""
 
     rows: tuple[Levels, ...]  # by kind: (up to BOOK_ROWS, group size), the first of them all zero
 
-    @property
+    @cached_property
     def sizes(self) -> Longs:
         """The group size of each kind."""
         return np.array([rows.shape[1] for rows in self.rows], np.int64)
+
+    @cached_property
+    def finder(self) -> Finder:
+        """Finds groups in these books; made when first needed, which only senders do."""
+        return Finder(self)
 
 
 class LevelPacker:
@@ -78,8 +87,7 @@ class LevelPacker:
         self._row_start = offsets[kinds][group] + place
         self._row_size = sizes[group]
         self._rows_of_kind = np.array([len(rows) for rows in books.rows], np.int64)[kinds]
-        self._find = _Finder(books)
-        self._weights = self._find.weights[place]
+        self._books, self._place = books, place
         compression = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, **ZSTD)
         shared: dict[str, Any] = {"dict_data": zstandard.ZstdCompressionDict(dictionary)} if dictionary else {}
         self._compressor = zstandard.ZstdCompressor(compression_params=compression, **shared)
@@ -110,18 +118,18 @@ class LevelPacker:
         """What zstd is given: a byte for each group, the gaps of all patches, then what they add."""
         wide = np.zeros(max(self._count, self._covered), np.int64)
         wide[: self._count] = levels
-        left = wide.copy()
         hashes = self._hashes(wide)
-        symbols, found = self._find.rows(self._kinds, hashes)
+        symbols, found = self._finder.rows(self._kinds, hashes)
+        left = wide if found.all() else wide.copy()
         for _ in range(RETRIES):
             lost = np.flatnonzero(~found)
             if not lost.size:
                 break
             # Without its largest coefficient a group is likelier to be in its book; a patch then adds that one.
             largest = self._largest(left, lost)
-            hashes[lost] -= left[largest] * self._weights[largest]
+            hashes[lost] -= left[largest].view(np.uint64) * self._weights[largest]
             left[largest] = 0
-            symbols[lost], found[lost] = self._find.rows(self._kinds[lost], hashes[lost])
+            symbols[lost], found[lost] = self._finder.rows(self._kinds[lost], hashes[lost])
         wide[: self._covered] -= self._held(symbols)
         places = np.flatnonzero(wide)
         gaps = np.diff(places, prepend=-1) - 1
@@ -151,10 +159,18 @@ class LevelPacker:
             raise PacketError("the payload holds a level out of range")
         return wide[: self._count].astype(np.int16)
 
-    def _hashes(self, wide: Longs) -> Longs:
+    @cached_property
+    def _finder(self) -> Finder:
+        return self._books.finder
+
+    @cached_property
+    def _weights(self) -> Hashes:
+        return self._finder.weights[self._place]
+
+    def _hashes(self, wide: Longs) -> Hashes:
         if not self._starts.size:
-            return np.zeros(0, np.int64)
-        hashes: Longs = np.add.reduceat(wide[: self._covered] * self._weights, self._starts)
+            return np.zeros(0, np.uint64)
+        hashes: Hashes = np.add.reduceat(wide[: self._covered].view(np.uint64) * self._weights, self._starts)
         return hashes
 
     def _held(self, symbols: NDArray[np.uint8]) -> Longs:
@@ -171,27 +187,39 @@ class LevelPacker:
         return found & ((1 << PLACE_BITS) - 1)
 
 
-class _Finder:
-    """Finds groups in their books, by a hash that a wrong row cannot pass: `symbols` compares what was found."""
+class Finder:
+    """Finds groups in their books by hash: a table for each kind in which no two of its rows meet."""
 
     def __init__(self, books: Books) -> None:
         generator = np.random.default_rng(0)
-        widest = int(books.sizes.max())
-        self.weights = generator.integers(1 << 20, 1 << 40, widest)
-        self._salts = generator.integers(-(1 << 62), 1 << 62, len(books.rows))
-        hashes = [rows.astype(np.int64) @ self.weights[: rows.shape[1]] + salt
-                  for rows, salt in zip(books.rows, self._salts, strict=True)]  # fmt: skip
-        flat = np.concatenate(hashes)
-        order = np.argsort(flat, kind="stable")
-        self._hashes = flat[order]
-        self._symbols = np.concatenate([np.arange(len(rows)) for rows in books.rows])[order].astype(np.uint8)
+        self.weights = generator.integers(1, 1 << 63, int(books.sizes.max()), dtype=np.uint64) | np.uint64(1)
+        kinds = len(books.rows)
+        self._table = np.zeros((kinds, 1 << SLOT_BITS), np.uint8)
+        self._factors = np.ones(kinds, np.uint64)
+        hashes = [rows.astype(np.uint64) @ self.weights[: rows.shape[1]] for rows in books.rows]
+        for kind, known in enumerate(hashes):
+            slots = self._slots(known, self._factors[kind])
+            # A few tries part 255 rows; rows that a book holds twice could never be parted, and lose nothing by it.
+            for _ in range(MAX_TRIES):
+                if np.unique(slots).size == slots.size:
+                    break
+                self._factors[kind] = generator.integers(1, 1 << 63, dtype=np.uint64) | np.uint64(1)
+                slots = self._slots(known, self._factors[kind])
+            self._table[kind, slots] = np.arange(known.size)
+        self._first = np.cumsum([0, *(known.size for known in hashes[:-1])])
+        self._hashes = np.concatenate(hashes)
 
-    def rows(self, kinds: Longs, hashes: Longs) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def rows(self, kinds: Longs, hashes: Hashes) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The row of each group in the book of its kind (0 where there is none), and whether there is one."""
-        wanted = hashes + self._salts[kinds]
-        at = np.minimum(np.searchsorted(self._hashes, wanted), self._hashes.size - 1)
-        found = self._hashes[at] == wanted
-        return np.where(found, self._symbols[at], 0).astype(np.uint8), found
+        symbols = self._table[kinds, self._slots(hashes, self._factors[kinds])]
+        found = self._hashes[self._first[kinds] + symbols] == hashes
+        symbols[~found] = 0
+        return symbols, found
+
+    @staticmethod
+    def _slots(hashes: Hashes, factors: Hashes | np.uint64) -> Longs:
+        slots: Longs = ((hashes * factors) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+        return slots
 
 
 def _counted(numbers: Longs) -> bytes:
