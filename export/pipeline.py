@@ -33,6 +33,7 @@ from export.wires import channel_ranges
 from runtime.manifest import Bundle, SegmentSpec, load, save, verify_files
 
 GOLDEN_FRAMES = 4
+CALIBRATING = 500  # fit frames that the quantizer looks at, at most: more of them hardly widen its ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def _chain(
         return slice_float(trunk, chosen, shapes), None
     report.stage(f"quantize for {recipe.target}")
     fit = frames.of("fit")
+    fit = fit[:: -(-len(fit) // CALIBRATING)]
     ranges = channel_ranges(trunk, chosen, report.track(fit, "ranges"), recipe.threads)
     quantized = quantize(trunk, shapes, chosen, report.track(fit, "calibration"), ranges, recipe.target)
     report.note(RECIPES[quantized.recipe])
