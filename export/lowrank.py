@@ -147,12 +147,20 @@ def widths(analysis: Analysis, ratio: float, *, multiple: int = MULTIPLE) -> dic
             steps.append((float(unit.errors[width] - unit.errors[last]) / saved, number, width, saved))
             last = width
     chosen = {unit.hidden.reader: unit.hidden.width for unit in analysis.units}
-    left = analysis.cost
+    left, limit = analysis.cost, ratio * analysis.cost
+    taken: list[tuple[str, int, int, float]] = []
     for _, number, width, saved in sorted(steps):
-        if left <= ratio * analysis.cost:
+        if left <= limit:
             break
-        chosen[analysis.units[number].hidden.reader] = width
+        reader = analysis.units[number].hidden.reader
+        taken.append((reader, chosen[reader], width, saved))
+        chosen[reader] = width
         left -= saved
+    # The last step may have saved more than was asked for: what others lost most for is given back.
+    for reader, before, width, saved in reversed(taken):
+        if chosen[reader] == width and left + saved <= limit:
+            chosen[reader] = before
+            left += saved
     return chosen
 
 

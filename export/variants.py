@@ -27,7 +27,7 @@ from export.bundle import list_files
 from export.distill import distil, steps_for
 from export.exits_stage import Fitted, Trunk, choose_points
 from export.frames import FrameSet
-from export.graph import LOGITS, extract, macs, tensor_info, write
+from export.graph import LOGITS, copy_of, extract, macs, tensor_info, write
 from export.layers import shapes_of
 from export.lowrank import Analysis, analyse, stand_in, widths
 from export.quantize import quantize_part, recipe_of
@@ -41,7 +41,7 @@ from runtime.segment import load_segments
 from runtime.segment_onnx import session_options
 from runtime.variant import with_each_variant, with_variant
 
-LADDER = (0.8, 0.55)  # of the segment's cost: the most and the least that a variant keeps
+LADDER = (0.74, 0.62)  # of the segment's cost: the most and the least that a variant keeps
 LEAST_SPEEDUP = 1.1
 LEAST_AGREEMENT = 0.9  # on the threshold frames, with the whole float model
 FITTED = 150  # frames
@@ -248,7 +248,7 @@ def _as_segment(student: ModelProto, trunk: Trunk, fit: Sequence[Tensor], recipe
         sample = fit[:: max(1, len(fit) // CALIBRATED)]
         kind = recipe_of(trunk.opened.simplified.trunk())
         model = quantize_part(student, sample, kind, recipe.target, None, trunk.wires[0])
-    return channels_last(model, first=True)
+    return channels_last(copy_of(model), first=True)
 
 
 def _undecided(bundle: Bundle, file: str, count: int) -> VariantSpec:
