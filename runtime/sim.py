@@ -114,6 +114,13 @@ def plain(line: Line) -> str:
 @click.option(
     "--codec", default="raw", show_default=True, help="raw, or jpeg or jpeg:QUALITY to send the frame itself."
 )
+@click.option(
+    "--variant",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the first segment, as `kinflow bundle show` lists them; 0: the segment itself.",
+)
 @click.option("--no-exits", is_flag=True, help="No early answers: every frame goes through the whole chain.")
 @click.option(
     "--fast", is_flag=True, help="Every frame, as fast as it goes; default: the clip's pace, latest frame wins."
@@ -140,6 +147,7 @@ def sim_command(
     broker: str | None,
     tiers: str,
     codec: str,
+    variant: int,
     no_exits: bool,
     fast: bool,
     first_frame: int,
@@ -160,6 +168,7 @@ def sim_command(
         tiers=tiers.split(","),
         broker=None if broker is None else _address(broker),
         codec=codec,
+        variant=variant,
         early_exits=not no_exits,
         budget_ms=budget_ms,
         max_in_flight=max_in_flight,

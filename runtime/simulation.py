@@ -26,6 +26,7 @@ from runtime.errors import ConfigError, KinflowError, LinkError
 from runtime.link import Handler, open_link
 from runtime.manifest import Bundle
 from runtime.topics import Subtree
+from runtime.variant import with_variant
 
 START_S = 30.0
 STOP_S = 10.0
@@ -47,6 +48,7 @@ class Simulation:
         tiers: Sequence[str] = TIERS,
         broker: tuple[str, int] | None = None,
         codec: str = "raw",
+        variant: int = 0,
         early_exits: bool = True,
         budget_ms: int = 2000,
         max_in_flight: int = 4,
@@ -55,12 +57,18 @@ class Simulation:
             raise ConfigError(f"--tiers {','.join(tiers)}: choose device, device,edge or device,edge,cloud")
         if len(tiers) > 1:  # told here, before anything is started
             find_rate(bundle, 0 if codec.startswith("jpeg") else bundle.manifest.tiers[0].last_segment + 1, codec)
+        with_variant(bundle, variant)
         self._bundle = bundle
         self._camera = camera
         self.tiers = tuple(tiers)
         self._broker = broker
         self._settings = {"early_exits": early_exits}
-        self._device_settings = {"codec": codec, "budget_ms": budget_ms, "max_in_flight": max_in_flight}
+        self._device_settings = {
+            "codec": codec,
+            "variant": variant,
+            "budget_ms": budget_ms,
+            "max_in_flight": max_in_flight,
+        }
         self._site = f"sim-{secrets.token_hex(4)}"
         self._stack = contextlib.ExitStack()
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}

@@ -136,6 +136,7 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
         (["sim", shared_bundle, "--source", photos, "--tiers", "cloud"], os.EX_CONFIG, "choose device"),
         (["sim", shared_bundle, "--source", photos, "--codec", "gif", "--tiers", "device,edge"], os.EX_CONFIG, "gif"),
         (["sim", shared_bundle, "--source", photos, "--broker", "here"], os.EX_CONFIG, "HOST:PORT"),
+        (["sim", shared_bundle, "--source", photos, "--variant", "1"], os.EX_CONFIG, "variant: 1 is not in the bundle"),
         (["device", "--config", typo], os.EX_CONFIG, "bundel: unknown key; did you mean bundle?"),
         (["device", "--config", wrong], os.EX_CONFIG, "broker.port: expected `int`"),
         (["device", "--config", tmp_path / "none.toml"], os.EX_CONFIG, "cannot be read"),
