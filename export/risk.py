@@ -24,7 +24,7 @@ ALL_ON = 0.8  # share of the allowed error for the sequence with all exits on; t
 MOST_FRAMES = 100_000  # nobody is told to bring more
 STEPS = 40  # of a sequence
 STRICTEST = 1 / 16  # nominal risk of its first step, as a share of the allowed; of its last: the allowed
-LIKELY = 0.3  # an exit is loosened while the pilot gives it a p-value up to this
+LIKELY = 0.1  # an exit is loosened while the pilot gives it a p-value up to this: what passes by luck is not sought
 
 Thresholds = tuple[float | None, ...]  # by exit; None: it does not answer
 Flags = NDArray[np.bool_]
