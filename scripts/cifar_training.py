@@ -1,9 +1,9 @@
 """Trains the network of scripts/cifar_network.py: all exits at once, each early one also towards the last one's answer.
 
-SGD with Nesterov momentum under a learning rate that rises and falls twice, label smoothing, mirrored and shifted images
-with a square cut out, smaller crops in the first epochs, and a running mean of the weights, which is what is kept. The
-early exits learn half from the labels, half from the last exit's probabilities (self-distillation, as in "Be Your Own
-Teacher", Zhang et al. 2019), since what they are judged by later is agreement with it.
+SGD with Nesterov momentum under a learning rate that rises and falls twice, label smoothing, mirrored and shifted
+images with a square cut out, smaller crops in the first epochs, and a running mean of the weights, which is what is
+kept. The early exits learn half from the labels, half from the last exit's probabilities (self-distillation, as in "Be
+Your Own Teacher", Zhang et al. 2019), since what they are judged by later is agreement with it.
 """
 
 from __future__ import annotations
