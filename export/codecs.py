@@ -174,7 +174,15 @@ def _refined(
     step = _unit(transform.analyse(features[:1]))
     try:
         made = refine(
-            transform, tail, features, logits, held, step=step, minutes=recipe.refine_minutes, seed=recipe.seed
+            transform,
+            tail,
+            features,
+            logits,
+            held,
+            step=step,
+            minutes=recipe.refine_minutes,
+            seed=recipe.seed,
+            threads=recipe.threads,
         )
     except UnknownOperatorError as error:
         report.note(f"not refined: {error}")

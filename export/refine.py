@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from export.codec_tables import bits, level_scales
-from export.sensitivity import Tail
+from export.sensitivity import Tail, torch_threads
 from export.torch_graph import TorchGraph
 from export.transform import Array, Layout, Transform, cosines, settle, spectrum
 
 BATCH = 8
-RATE = 2e-3  # of learning, relative to the size of each matrix
+RATE = 5e-3  # of learning, relative to the size of each matrix
 LEAST_GAIN = 0.01  # of the bits, for the refined transform to be kept
 JUDGED_STEPS = (0.7, 1.0, 1.4)  # of the given one
 
@@ -48,6 +48,8 @@ def refine(
     step: float,
     minutes: float,
     seed: int,
+    threads: int = 1,
+    most_rounds: int | None = None,
 ) -> Refined:
     """Refine a transform for about `minutes`; how many rounds that are depends on the machine.
 
@@ -60,12 +62,17 @@ def refine(
         step: of the rate to refine for.
         minutes: of time.
         seed: of the order of frames and of the noise.
+        threads: of torch.
+        most_rounds: to stop after, whatever time is left; the outcome then does not depend on the machine.
 
     Raises:
         UnknownOperatorError: torch cannot run the tail.
     """
     graph = TorchGraph(tail.model)
-    moved, rounds = _descend(transform, graph, tail, features[~held], logits[~held], step, minutes, seed)
+    with torch_threads(threads):
+        moved, rounds = _descend(
+            transform, graph, tail, features[~held], logits[~held], step, minutes, seed, most_rounds
+        )
     better = settle(transform.layout, *moved, spectrum(features, transform.layout))
     known = [(features[~held], features[held], logits[held])] * 2
     curves = [_curve(each, graph, tail, *frames, step) for each, frames in zip((transform, better), known, strict=True)]
@@ -94,6 +101,7 @@ def _descend(
     step: float,
     minutes: float,
     seed: int,
+    most_rounds: int | None,
 ) -> tuple[tuple[Array, Array], int]:
     generator = torch.Generator().manual_seed(seed)
     layout = transform.layout
@@ -109,7 +117,8 @@ def _descend(
     end_s = time.monotonic() + 60 * minutes
     exchange = 0.0  # bits that a nat is worth, so that both weigh as they do where the transform starts
     rounds = 0
-    while time.monotonic() < end_s:
+    done = False
+    while not done:
         for rows in torch.split(torch.randperm(len(features), generator=generator), min(BATCH, tail.batch)):
             coefficients = turn.by_band(spectra[rows] - centre, forward)
             noise = torch.rand(coefficients.shape, generator=generator) - 0.5
@@ -127,7 +136,8 @@ def _descend(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             rounds += 1
-            if time.monotonic() >= end_s:
+            done = rounds == most_rounds or time.monotonic() >= end_s
+            if done:
                 break
     ahead, back = (each.detach().numpy().copy() for each in matrices)
     return (ahead, back), rounds

@@ -9,7 +9,8 @@ and since all directions share the pattern, the products of the changes of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,15 +67,20 @@ def sensitivity(
     `gradients` falls back to `probes` where torch cannot run the graph as onnxruntime does.
     """
     if method == "gradients":
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with suppress(UnknownOperatorError), torch_threads(threads):
             return by_gradients(tail, features, layout, seed), "gradients"
-        except UnknownOperatorError:
-            pass
-        finally:
-            torch.set_num_threads(before)
     return by_probes(tail, features, layout, seed, threads), "probes"
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def by_gradients(tail: Tail, features: Array, layout: Layout, seed: int) -> Array:

@@ -22,7 +22,8 @@ from runtime.errors import PacketError
 
 Levels: TypeAlias = NDArray[np.int16]  # (n,), quantized coefficients: what both sides hold of a frame, exactly
 Longs: TypeAlias = NDArray[np.int64]
-Hashes: TypeAlias = NDArray[np.uint64]  # sums of levels times weights, modulo 2 ** 64
+Ints: TypeAlias = NDArray[np.int32]  # narrow where a frame is touched: what fits the heap costs no page faults
+Hashes: TypeAlias = NDArray[np.uint32]  # sums of levels times weights, modulo 2 ** 32
 
 BOOK_ROWS = 255
 RETRIES = 2
@@ -84,8 +85,8 @@ class LevelPacker:
         offsets = np.concatenate([[0], np.cumsum([rows.size for rows in books.rows])])
         self._flat = np.concatenate([rows.ravel() for rows in books.rows])
         self._group, self._sizes = group, sizes
-        self._row_start = offsets[kinds][group] + place
-        self._row_size = sizes[group]
+        self._row_start = (offsets[kinds][group] + place).astype(np.int32)
+        self._row_size = sizes[group].astype(np.int32)
         self._rows_of_kind = np.array([len(rows) for rows in books.rows], np.int64)[kinds]
         self._books, self._place = books, place
         compression = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, **ZSTD)
@@ -116,7 +117,7 @@ class LevelPacker:
 
     def symbols(self, levels: Levels) -> bytes:
         """What zstd is given: a byte for each group, the gaps of all patches, then what they add."""
-        wide = np.zeros(max(self._count, self._covered), np.int64)
+        wide = np.zeros(max(self._count, self._covered), np.int32)
         wide[: self._count] = levels
         hashes = self._hashes(wide)
         symbols, found = self._finder.rows(self._kinds, hashes)
@@ -127,13 +128,13 @@ class LevelPacker:
                 break
             # Without its largest coefficient a group is likelier to be in its book; a patch then adds that one.
             largest = self._largest(left, lost)
-            hashes[lost] -= left[largest].view(np.uint64) * self._weights[largest]
+            hashes[lost] -= left[largest].view(np.uint32) * self._weights[largest]
             left[largest] = 0
             symbols[lost], found[lost] = self._finder.rows(self._kinds[lost], hashes[lost])
         wide[: self._covered] -= self._held(symbols)
         places = np.flatnonzero(wide)
         gaps = np.diff(places, prepend=-1) - 1
-        added = wide[places]
+        added = wide[places].astype(np.int64)
         return symbols.tobytes() + _counted(gaps) + _counted(np.where(added < 0, -2 * added - 1, 2 * added - 2))
 
     def levels(self, symbols: bytes) -> Levels:
@@ -145,7 +146,7 @@ class LevelPacker:
         head = np.frombuffer(symbols, np.uint8, count=min(len(symbols), self._sizes.size))
         if head.size < self._sizes.size or (head >= self._rows_of_kind).any():
             raise PacketError(f"the payload does not hold the {self._sizes.size} groups of this cut and rate")
-        wide = np.zeros(max(self._count, self._covered), np.int64)
+        wide = np.zeros(max(self._count, self._covered), np.int32)
         wide[: self._covered] = self._held(head)
         numbers = _uncounted(np.frombuffer(symbols, np.uint8)[head.size :])
         if numbers.size % 2:
@@ -167,23 +168,25 @@ class LevelPacker:
     def _weights(self) -> Hashes:
         return self._finder.weights[self._place]
 
-    def _hashes(self, wide: Longs) -> Hashes:
+    def _hashes(self, wide: Ints) -> Hashes:
         if not self._starts.size:
-            return np.zeros(0, np.uint64)
-        hashes: Hashes = np.add.reduceat(wide[: self._covered].view(np.uint64) * self._weights, self._starts)
+            return np.zeros(0, np.uint32)
+        hashes: Hashes = np.add.reduceat(
+            wide[: self._covered].view(np.uint32) * self._weights, self._starts, dtype=np.uint32
+        )
         return hashes
 
-    def _held(self, symbols: NDArray[np.uint8]) -> Longs:
-        held: Longs = self._flat[self._row_start + symbols[self._group] * self._row_size].astype(np.int64)
+    def _held(self, symbols: NDArray[np.uint8]) -> Levels:
+        held: Levels = self._flat[self._row_start + symbols[self._group] * self._row_size]
         return held
 
-    def _largest(self, wide: Longs, groups: Longs) -> Longs:
+    def _largest(self, wide: Ints, groups: Longs) -> Longs:
         """The place of the largest coefficient of each of `groups`."""
         sizes = self._sizes[groups]
         starts = np.cumsum(sizes) - sizes
         places = np.arange(sizes.sum()) + np.repeat(self._starts[groups] - starts, sizes)
         # The place rides in the low bits, so that one reduction finds both.
-        found: Longs = np.maximum.reduceat((np.abs(wide[places]) << PLACE_BITS) | places, starts)
+        found: Longs = np.maximum.reduceat((np.abs(wide[places]).astype(np.int64) << PLACE_BITS) | places, starts)
         return found & ((1 << PLACE_BITS) - 1)
 
 
@@ -192,18 +195,18 @@ class Finder:
 
     def __init__(self, books: Books) -> None:
         generator = np.random.default_rng(0)
-        self.weights = generator.integers(1, 1 << 63, int(books.sizes.max()), dtype=np.uint64) | np.uint64(1)
+        self.weights = generator.integers(1, 1 << 32, int(books.sizes.max()), dtype=np.uint32) | np.uint32(1)
         kinds = len(books.rows)
         self._table = np.zeros((kinds, 1 << SLOT_BITS), np.uint8)
-        self._factors = np.ones(kinds, np.uint64)
-        hashes = [rows.astype(np.uint64) @ self.weights[: rows.shape[1]] for rows in books.rows]
+        self._factors = np.ones(kinds, np.uint32)
+        hashes = [rows.astype(np.uint32) @ self.weights[: rows.shape[1]] for rows in books.rows]
         for kind, known in enumerate(hashes):
             slots = self._slots(known, self._factors[kind])
             # A few tries part 255 rows; rows that a book holds twice could never be parted, and lose nothing by it.
             for _ in range(MAX_TRIES):
                 if np.unique(slots).size == slots.size:
                     break
-                self._factors[kind] = generator.integers(1, 1 << 63, dtype=np.uint64) | np.uint64(1)
+                self._factors[kind] = generator.integers(1, 1 << 32, dtype=np.uint32) | np.uint32(1)
                 slots = self._slots(known, self._factors[kind])
             self._table[kind, slots] = np.arange(known.size)
         self._first = np.cumsum([0, *(known.size for known in hashes[:-1])])
@@ -217,8 +220,8 @@ class Finder:
         return symbols, found
 
     @staticmethod
-    def _slots(hashes: Hashes, factors: Hashes | np.uint64) -> Longs:
-        slots: Longs = ((hashes * factors) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+    def _slots(hashes: Hashes, factors: Hashes | np.uint32) -> Longs:
+        slots: Longs = ((hashes * factors) >> np.uint32(32 - SLOT_BITS)).astype(np.int64)
         return slots
 
 
