@@ -7,6 +7,7 @@ differ from machine to machine.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from export.exits_judge import ExitRow
 AGREEMENTS = (0.90, 0.95, 0.98)
 DIVERGENCES = (0.2, 0.1, 0.05, 0.02)  # mean KL in nats
 DECIDING = (0.95, 0.90)  # where it is decided whether splitting pays: the highest at which some cut surely does
-LATE_RATIO = 0.9  # of the device's time: a cut behind it leaves nothing worth handing over
+LATE_RATIO = 0.9  # of the whole model's time on the device: what takes longer leaves nothing worth handing over
 
 
 class EqualRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,7 @@ class EqualRow(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float | None  # rival's bytes by ours
     ratio_low: float | None
     ratio_high: float | None
+    encode_ms: float  # median over the curve's rates
     n: int
 
 
@@ -115,6 +117,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     split: bool
     cut: int | None
+    wanted: float  # the agreement at which it was decided
     sentence: str
 
 
@@ -167,9 +170,15 @@ def equal_quality(
         return ()
     rows: list[EqualRow] = []
     keys = {str(key): key for key in everything}
+    encode_ms = {
+        name: statistics.median([point.row.encode_ms or 0.0 for point in points if point.row.curve == keys[name]])
+        for name in mine
+    }
     for level in wanted:
         found = compare(mine, theirs, level, kl=by_kl, seed=seed)
-        rows += [_equal_row(first[keys[name]], level, equal, by_kl=by_kl) for name, equal in found.items()]
+        rows += [
+            _equal_row(first[keys[name]], level, equal, encode_ms[name], by_kl=by_kl) for name, equal in found.items()
+        ]
     return tuple(rows)
 
 
@@ -205,16 +214,16 @@ def judge(equal: Sequence[EqualRow], times: Sequence[CutTime], ceiling: CodecRow
         ceiling: the segments without codec.
         rivals: whether pictures were measured.
     """
-    share = {time.cut: time.time_ratio for time in times}
     reached = {level: _features(equal, level) for level in DECIDING}
     smaller = {level: [row for row in rows if _is_smaller(row)] for level, rows in reached.items()}
-    early = {level: [row for row in rows if share[row.cut] <= LATE_RATIO] for level, rows in smaller.items()}
+    early = {level: [row for row in rows if _device_ratio(row, times) <= LATE_RATIO] for level, rows in smaller.items()}
     wanted = next((level for level in DECIDING if early[level]), None)
     if rivals and wanted is not None:
-        best = min(early[wanted], key=lambda row: (row.bytes_mean or math.inf) * share[row.cut])
-        return Verdict(split=True, cut=best.cut, sentence=_pays(best, times))
+        best = min(early[wanted], key=lambda row: (row.bytes_mean or math.inf) * _device_ratio(row, times))
+        return Verdict(split=True, cut=best.cut, wanted=wanted, sentence=_pays(best, times))
     wanted = next((level for level in DECIDING if reached[level]), DECIDING[-1])
-    return Verdict(split=False, cut=None, sentence=_pays_not(wanted, reached, smaller, times, ceiling, rivals=rivals))
+    sentence = _pays_not(wanted, reached, smaller, times, ceiling, rivals=rivals)
+    return Verdict(split=False, cut=None, wanted=wanted, sentence=sentence)
 
 
 def _features(equal: Sequence[EqualRow], level: float) -> list[EqualRow]:
@@ -227,15 +236,23 @@ def _is_smaller(row: EqualRow) -> bool:
     return row.rival is None or (row.ratio_low is not None and row.ratio_low > 1)
 
 
+def _device_ms(row: EqualRow, times: Sequence[CutTime]) -> float:
+    return next(time.before_ms for time in times if time.cut == row.cut) + row.encode_ms
+
+
+def _device_ratio(row: EqualRow, times: Sequence[CutTime]) -> float:
+    """What the device works for a frame that it sends, of what the whole model would take it."""
+    return _device_ms(row, times) / times[-1].before_ms
+
+
 def _pays(best: EqualRow, times: Sequence[CutTime]) -> str:
-    time = next(time for time in times if time.cut == best.cut)
     versus = "while no picture codec reaches it"
     if best.ratio is not None and best.rival is not None:
         versus = f"{best.ratio:.1f} times fewer{_interval(best)} than {best.rival}, the best picture codec"
     return (
         f"Splitting pays: after {best.after}, {_bytes(best.bytes_mean)} a frame hold an agreement of {best.wanted:.2f}"
-        f", {versus}, and the device runs {time.time_ratio:.0%} of the model "
-        f"({time.before_ms:.1f} of {times[-1].before_ms:.1f} ms here)."
+        f", {versus}, and the device works {_device_ms(best, times):.1f} ms for it here, encoding included, "
+        f"instead of {times[-1].before_ms:.1f}."
     )
 
 
@@ -263,11 +280,10 @@ def _pays_not(
         )
     late = next((rows for rows in smaller.values() if rows), None)
     if late is not None:
-        share = {time.cut: time.time_ratio for time in times}
-        row = min(late, key=lambda row: share[row.cut])
+        row = min(late, key=lambda row: _device_ratio(row, times))
         return (
-            f"Do not split: features are smaller than any picture only after {row.after}, when the device has done"
-            f" {share[row.cut]:.0%} of the work; let it do the rest ({whole_ms:.1f} ms here)."
+            f"Do not split: features are smaller than any picture only after {row.after}, when the device has worked "
+            f"{_device_ms(row, times):.1f} ms, encoding included; all of the model takes it {whole_ms:.1f} ms."
         )
     doubt = ""
     if smallest.ratio is not None and smallest.ratio > 1:
@@ -279,7 +295,7 @@ def _pays_not(
     )
 
 
-def _equal_row(row: CodecRow, wanted: float, equal: Equal, *, by_kl: bool) -> EqualRow:
+def _equal_row(row: CodecRow, wanted: float, equal: Equal, encode_ms: float, *, by_kl: bool) -> EqualRow:
     return EqualRow(
         way=row.way,
         cut=row.cut,
@@ -293,6 +309,7 @@ def _equal_row(row: CodecRow, wanted: float, equal: Equal, *, by_kl: bool) -> Eq
         ratio=_finite(equal.ratio, 3) or None,  # 0 where ours does not get there
         ratio_low=_finite(equal.ratio_low, 3),
         ratio_high=_finite(equal.ratio_high, 3),
+        encode_ms=round(encode_ms, 4),
         n=row.n,
     )
 

@@ -217,7 +217,8 @@ def _bytes_axis(axes: Axes, sizes: Sequence[float], *, wide: bool) -> None:
 
 
 def _percent(axes: Axes, words: str) -> None:
-    axes.yaxis.set_major_locator(MultipleLocator(0.05))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(MultipleLocator(0.05 if high - low < 0.4 else 0.2))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y")
     axes.set_ylabel(words)

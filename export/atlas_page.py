@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from export import atlas_figures as figures
-from export.atlas import DECIDING, Atlas
+from export.atlas import Atlas
 from export.bench_tables import LEFT, tables
 
 Draw = Callable[[str, bool], str]
@@ -27,8 +27,8 @@ def to_html(atlas: Atlas) -> str:
             )
         )
     halves = []
-    wanted = next((level for level in DECIDING if _reached(atlas, level)), None)
-    if wanted is not None:
+    wanted = 0.0 if atlas.verdict is None else atlas.verdict.wanted
+    if _reached(atlas, wanted):
         halves.append(
             _figure(
                 "Sending or computing",
