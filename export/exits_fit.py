@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PENALTIES = tuple(10.0**power for power in np.arange(-3.0, 4.5, 0.5))  # relative to the mean variance of a feature
+PENALTIES = tuple(10.0**power for power in range(-3, 5))  # relative to the mean variance of a feature
 
 Matrix = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def fit_head(pooled: NDArray[np.float32], logits: NDArray[np.float32], groups: N
     centre, spread = features.mean(axis=0), features.std(axis=0)
     spread = np.where(spread > 1e-6 * max(1e-12, float(spread.max())), spread, 1.0)
     offset = target.mean(axis=0)
-    left, singular, right = np.linalg.svd((features - centre) / spread, full_matrices=False)
+    left, singular, right = _decomposed((features - centre) / spread)
     projected = left.T @ (target - offset)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     best, penalty, residual = np.inf, PENALTIES[0], np.empty_like(target)
@@ -52,6 +52,17 @@ def fit_head(pooled: NDArray[np.float32], logits: NDArray[np.float32], groups: N
         penalty,
         (target - residual).astype(np.float32),
     )
+
+
+def _decomposed(rows: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Singular vectors and values, without those that are numerically nothing."""
+    if len(rows) < 2 * rows.shape[1]:
+        return np.linalg.svd(rows, full_matrices=False)
+    # Of many more frames than features the small matrix of products is enough, and several times faster.
+    squares, vectors = np.linalg.eigh(rows.T @ rows)
+    kept = squares > 1e-10 * squares[-1]
+    singular = np.sqrt(squares[kept])
+    return rows @ vectors[:, kept] / singular, singular, vectors[:, kept].T
 
 
 def _held_out_residual(
