@@ -48,7 +48,7 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
 )
 @click.option(
     "--variants",
-    default="3",
+    default="2",
     show_default=True,
     help="Make at most so many smaller stand-ins for the first segment, each faster and less exact; or none.",
 )
