@@ -189,7 +189,7 @@ def test_a_browser_draws_the_page(made: Made, width: int, tmp_path: Path) -> Non
     shot = tmp_path / "page.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1400", f"--screenshot={shot}"]
     command = [str(CHROMIUM), *options, f"--user-data-dir={tmp_path}", (bundle / "atlas.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=150)
     picture = cv2.imread(str(shot))
     assert picture is not None
     assert picture.shape[1] == width
