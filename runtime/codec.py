@@ -160,15 +160,18 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+AUTO = "auto"  # in a config: transform at its middle rate where the bundle has it, else raw
+
+
 def split_name(text: str) -> tuple[str, int | None]:
-    """Split a codec as people write it, `jpeg:75`, into name and parameter.
+    """Split a codec as people write it, `jpeg:75` or `auto`, into name and parameter.
 
     Raises:
         ConfigError: the codec is unknown or its parameter is no number.
     """
     name, _, parameter = text.partition(":")
-    if name not in CODECS:
-        raise ConfigError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}")
+    if name not in CODECS and text != AUTO:
+        raise ConfigError(f"codec {text!r} is unknown; choose one of {', '.join((AUTO, *CODECS))}")
     if not parameter:
         return name, None
     if not parameter.isdecimal():
@@ -183,6 +186,9 @@ def find_rate(bundle: Bundle, cut: int, text: str) -> tuple[str, int]:
         ConfigError: the bundle has no such codec or rate at this cut.
     """
     name, parameter = split_name(text)
+    if name == AUTO:
+        has = {spec.name for spec in bundle.manifest.cuts[cut].codecs}
+        name = "transform" if "transform" in has else "raw"
     for spec in bundle.manifest.cuts[cut].codecs:
         if spec.name != name:
             continue

@@ -83,7 +83,9 @@ class DeviceConfig(_Struct, frozen=True):
     variant: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0  # of the first segment, faster and less exact; 0: itself
     early_exits: bool = True
     agreement: Agreement | None = None  # a row of the bundle's table of thresholds; default: what it was exported with
-    codec: str = "raw"  # raw, or jpeg or jpeg:QUALITY to send the frame itself
+    codec: str = (
+        "auto"  # transform or transform:PERCENT, raw, jpeg or jpeg:QUALITY (the frame itself); see codec.find_rate
+    )
     budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
     between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
     max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
@@ -96,7 +98,7 @@ class UplinkConfig(_Struct, frozen=True):
 
     broker: BrokerConfig | None = None  # default: the broker this node serves on
     site: str | None = None  # default: this node's site
-    codec: str = "raw"
+    codec: str = "auto"  # as a device's, but for jpeg
     between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
     max_in_flight: Positive = 64
 

@@ -57,7 +57,11 @@ def fetch_clip(folder: Path) -> Path:
 @click.command()
 @click.option("--source", help="A clip or a folder of images of your own; default: street traffic, fetched once.")
 @click.option(
-    "--codec", default="raw", show_default=True, help="raw, or jpeg or jpeg:QUALITY to send the frame itself."
+    "--codec",
+    default="auto",
+    show_default=True,
+    help="transform or transform:PERCENT for small features that keep that agreement, raw for exact ones, jpeg or "
+    "jpeg:QUALITY for the frame itself; auto: transform where the bundle has it, else raw.",
 )
 @click.option("--no-exits", is_flag=True, help="No early answers: every frame goes through the whole chain.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per frame, then one with the summary.")

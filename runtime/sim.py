@@ -112,7 +112,11 @@ def plain(line: Line) -> str:
     "--tiers", default=",".join(TIERS), show_default=True, help="Fewer tiers; the last one takes all that is left."
 )
 @click.option(
-    "--codec", default="raw", show_default=True, help="raw, or jpeg or jpeg:QUALITY to send the frame itself."
+    "--codec",
+    default="auto",
+    show_default=True,
+    help="transform or transform:PERCENT for small features that keep that agreement, raw for exact ones, jpeg or "
+    "jpeg:QUALITY for the frame itself; auto: transform where the bundle has it, else raw.",
 )
 @click.option(
     "--variant",

@@ -47,7 +47,7 @@ class Simulation:
         *,
         tiers: Sequence[str] = TIERS,
         broker: tuple[str, int] | None = None,
-        codec: str = "raw",
+        codec: str = "auto",
         variant: int = 0,
         early_exits: bool = True,
         budget_ms: int = 2000,
@@ -134,7 +134,10 @@ class Simulation:
                 "last_segment": self._last_segments()[tier],
                 **self._settings,
             }
-            config = self._write(tier, settings, {"uplink": {}} if tier != self.tiers[-1] else {})
+            # Pictures are for devices only: behind the first segments there is none.
+            codec = str(self._device_settings["codec"])
+            uplink = {"uplink": {} if codec.startswith("jpeg") else {"codec": codec}}
+            config = self._write(tier, settings, uplink if tier != self.tiers[-1] else {})
             self._nodes[tier] = stack.enter_context(_process(["node", "--config", str(config), "--json"]))
         end = time.monotonic() + START_S
         for tier, event in online.items():
