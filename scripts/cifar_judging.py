@@ -72,7 +72,7 @@ class Judged:
 
 
 def shifts(images: Images, seed: int) -> Iterator[tuple[str, Images]]:
-    """Noise and blur of rising strength on uint8 (images, height, width, 3)."""
+    """Noise and blur of rising strength, and a camera hung upside down, on uint8 (images, height, width, 3)."""
     generator = np.random.default_rng(seed)
     for sigma in (8, 16, 32):
         noisy = images + generator.normal(0, sigma, images.shape).astype(np.float32)
@@ -82,6 +82,7 @@ def shifts(images: Images, seed: int) -> Iterator[tuple[str, Images]]:
             f"blur of {blur} pixels",
             np.stack([cv2.GaussianBlur(image, (0, 0), blur) for image in images]).astype(np.uint8, copy=False),
         )
+    yield "upside down", np.ascontiguousarray(images[:, ::-1, ::-1])
 
 
 def others(path: Path, limit: int) -> Images:
