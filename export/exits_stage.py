@@ -6,8 +6,9 @@ its group. That is the pilot of `risk.choose`, which then tests thresholds on fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import msgspec
@@ -28,7 +29,7 @@ from export.frames import COPIES, FEW, FrameSet, copies, frames_for
 from export.graph import FRAME, LOGITS, write
 from export.recipe import Recipe
 from export.report import Report
-from export.risk import CONFIDENCE, Words, choose, frames_wanted, loosest
+from export.risk import CONFIDENCE, Words, choose, frames_wanted, independent_share, loosest
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, ExitSpec, OperatingPoint
 from runtime.policy import classify
@@ -98,6 +99,7 @@ def choose_points(
     rows = frames.roles["threshold"]
     batch = exits_judge.largest_batch(bundle, frames.pixels[rows][:OBSERVED])
     tested = exits_judge.see(bundle, frames.pixels[rows], batch=batch).words(bundle, answers[rows])
+    tested = replace(tested, share=_share(fitted, frames))
     pilot = Words(
         np.array([made.confidence for made in fitted]),
         np.array([made.agrees for made in fitted]),
@@ -109,7 +111,7 @@ def choose_points(
     specs, notes = [], []
     for place, made in enumerate(fitted):
         threshold = chosen[recipe.agreement][place]
-        note = None if threshold is not None else _why_not(pilot, place, recipe.agreement, len(rows))
+        note = None if threshold is not None else _why_not(pilot, place, recipe.agreement, tested)
         if note is not None:
             notes.append(f"exit {made.spec.cut} never answers: {note}")
         points = tuple(OperatingPoint(agreement=agreement, threshold=chosen[agreement][place]) for agreement in table)
@@ -136,12 +138,29 @@ def exits_ms(bundle: Bundle, frame: Tensor) -> dict[str, float]:
     return dict(zip(cuts, timing.run_ms(*pairs), strict=True))
 
 
-def _why_not(pilot: Words, place: int, agreement: float, tested: int) -> str:
-    said = f"{tested} threshold frames do not show an agreement of {agreement:g} with {CONFIDENCE:.0%} confidence"
+def _share(fitted: Sequence[Fitted], frames: FrameSet) -> float:
+    """Independent frames for every threshold frame, by how the fit frames of clips follow each other; 1 for photos."""
+    fit, threshold = ([frames.names[row] == "" for row in frames.roles[role]] for role in ("fit", "threshold"))
+    if not any(fit):
+        return 1.0
+    rows = np.array(fit)
+    worth = independent_share(
+        [values[rows].astype(np.float64) for made in fitted for values in (made.confidence, made.agrees)]
+    )
+    return 1 - float(np.mean(threshold)) * (1 - worth)
+
+
+def _why_not(pilot: Words, place: int, agreement: float, words: Words) -> str:
+    tested = words.frames
+    alike = "" if words.share >= 1 else f", worth {words.frames * words.share:.0f} as neighbours in time are alike,"
+    said = (
+        f"{tested} threshold frames{alike} do not show an agreement of {agreement:g} with {CONFIDENCE:.0%} confidence"
+    )
     wanted = frames_wanted(pilot, place, agreement)
     if wanted is None:
         return f"{said}, and it is right too seldom for more frames to help; choose a lower agreement or a deeper cut"
-    return f"{said}; about {frames_for(max(wanted, tested + 1)):,} frames in all would (--frames, --max-frames)"
+    wanted = frames_for(max(math.ceil(wanted / words.share), tested + 1))
+    return f"{said}; about {wanted:,} frames in all would (--frames, --max-frames)"
 
 
 def _observe(

@@ -37,6 +37,7 @@ class Words:
     confidence: NDArray[np.float64]
     agrees: Flags  # with the whole float model
     within: Flags  # the limit of the exit's guard
+    share: float = 1.0  # independent frames for every frame: less where neighbours in time resemble each other
 
     @property
     def exits(self) -> int:
@@ -92,7 +93,8 @@ def choose(
         pilot: words on frames that had no part in fitting the heads (or that were left out in turn).
         worth: by exit, what an answer there saves; any unit.
     """
-    plans = [plan for first in range(pilot.exits) if (plan := _sequence(pilot, first, agreement, tested.frames))]
+    count = int(tested.frames * tested.share)
+    plans = [plan for first in range(pilot.exits) if (plan := _sequence(pilot, first, agreement, count))]
     best: Thresholds = (None,) * pilot.exits
     most = 0.0
     for plan, share in zip(plans, _shares(len(plans)), strict=True):
@@ -107,7 +109,7 @@ def choose(
 
 
 def frames_wanted(pilot: Words, place: int, agreement: float, confidence: float = CONFIDENCE) -> int | None:
-    """About how many tested frames would give the exit by itself a threshold, by what the pilot shows; None: no number.
+    """About how many independent frames would give the exit by itself a threshold, by what the pilot shows, or None.
 
     Twice the number at which the pilot expects it, as a test at the limit fails half of the time.
     """
@@ -119,6 +121,28 @@ def frames_wanted(pilot: Words, place: int, agreement: float, confidence: float 
             return 2 * count
         count += max(1, count // 10)
     return None
+
+
+def independent_share(series: Sequence[NDArray[np.float64]]) -> float:
+    """How many independent frames a frame of a clip is worth: one over the time that its values stay alike.
+
+    The integrated autocorrelation time, summed up to the first correlation that is not positive (Geyer 1992), the
+    longest of several series (frames,) in the order of time.
+    """
+    longest = 1.0
+    for values in series:
+        away = values - values.mean()
+        power = float(away @ away)
+        if power <= 0:
+            continue
+        found = 1.0
+        for lag in range(1, len(away)):
+            correlation = float(away[lag:] @ away[:-lag]) / power
+            if correlation <= 0:
+                break
+            found += 2 * correlation
+        longest = max(longest, found)
+    return 1 / longest
 
 
 def _shares(plans: int) -> list[float]:
@@ -198,7 +222,9 @@ def _tails(words: Words, thresholds: Thresholds, agreement: float) -> list[float
     """By exit the p-value of its promise; 0 where it is off and promises nothing."""
     counts = _counts(words, thresholds)
     return [
-        0.0 if threshold is None else p_value(errors, answers, 1 - agreement)
+        0.0
+        if threshold is None
+        else p_value(math.ceil(errors * words.share), math.floor(answers * words.share), 1 - agreement)
         for threshold, (errors, answers) in zip(thresholds, counts, strict=True)
     ]
 

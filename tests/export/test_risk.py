@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.risk import Thresholds, Words, answering, answers_needed, choose, frames_wanted, loosest, p_value
+from export.risk import (
+    Thresholds,
+    Words,
+    answering,
+    answers_needed,
+    choose,
+    frames_wanted,
+    independent_share,
+    loosest,
+    p_value,
+)
 
 
 def words(generator: np.random.Generator, frames: int, *, dip: float = 0.0) -> Words:
@@ -133,3 +144,16 @@ def test_the_loosest_threshold_is_the_least_confidence_at_the_nominal_risk(
         if (~agrees[confidence >= level]).sum() + 1 <= risk * ((confidence >= level).sum() + 1)
     ]
     assert loosest(confidence, agrees, risk) == (kept[0] if kept else None)
+
+
+def test_frames_that_follow_each_other_count_for_what_they_are_worth() -> None:
+    generator = np.random.default_rng(0)
+    fresh = generator.normal(0, 1, 4000)
+    assert independent_share([fresh]) == pytest.approx(1, abs=0.1)
+    assert independent_share([np.repeat(fresh[:400], 10)]) == pytest.approx(0.1, rel=0.2)
+    assert independent_share([np.ones(50), fresh]) == independent_share([fresh])
+    pilot, tested = (
+        Words(generator.random((1, n)), np.ones((1, n), np.bool_), np.ones((1, n), np.bool_)) for n in (400, 400)
+    )
+    assert choose(pilot, tested, 0.98, (1,)) != (None,)
+    assert choose(pilot, replace(tested, share=0.3), 0.98, (1,)) == (None,)
