@@ -24,7 +24,7 @@ from export.torch_graph import TorchGraph
 from export.transform import Array, Layout, Transform, cosines, settle, spectrum
 
 BATCH = 8
-RATE = 5e-3  # of learning, relative to the size of each matrix
+RATE = 2e-3  # of learning; it falls to nothing
 LEAST_GAIN = 0.01  # of the bits, for the refined transform to be kept
 JUDGED_STEPS = (0.7, 1.0, 1.4)  # of the given one
 
@@ -106,20 +106,21 @@ def _descend(
     generator = torch.Generator().manual_seed(seed)
     layout = transform.layout
     turn = _Turn(layout)
-    matrices = [torch.from_numpy(each.copy()).requires_grad_() for each in (transform.forward, transform.backward)]
-    forward, backward = matrices
-    optimizer = torch.optim.Adam(
-        [{"params": [each], "lr": RATE * float(each.detach().abs().mean())} for each in matrices]
-    )
+    # Moves are made among coefficients, where all directions are worth the same and one rate of learning suits all.
+    moves = [torch.zeros(transform.forward.shape, requires_grad=True) for _ in range(2)]
+    given = [torch.from_numpy(each) for each in (transform.forward, transform.backward)]
+    unit = torch.eye(layout.channels)
+    optimizer = torch.optim.Adam(moves, lr=RATE)
     spectra = torch.from_numpy(spectrum(features, layout))
     centre = spectra.mean(dim=0)
     likely = torch.log_softmax(torch.from_numpy(logits), 1)
-    end_s = time.monotonic() + 60 * minutes
+    start_s = time.monotonic()
     exchange = 0.0  # bits that a nat is worth, so that both weigh as they do where the transform starts
     rounds = 0
     done = False
     while not done:
         for rows in torch.split(torch.randperm(len(features), generator=generator), min(BATCH, tail.batch)):
+            forward, backward = given[0] @ (unit + moves[0]), (unit + moves[1]) @ given[1]
             coefficients = turn.by_band(spectra[rows] - centre, forward)
             noise = torch.rand(coefficients.shape, generator=generator) - 0.5
             restored = turn.by_band(coefficients + step * noise, backward) + centre
@@ -132,15 +133,19 @@ def _descend(
                 active = float((coefficients.abs() > step / 2).sum()) / len(rows)
                 exchange = active / (2 * np.log(2) * max(float(divergence.detach()), 1e-6))
             loss = cost + exchange * divergence
+            spent = (time.monotonic() - start_s) / (60 * minutes) if most_rounds is None else rounds / most_rounds
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * max(0.0, 1 - spent)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             rounds += 1
-            done = rounds == most_rounds or time.monotonic() >= end_s
+            done = rounds == most_rounds or time.monotonic() >= start_s + 60 * minutes
             if done:
                 break
-    ahead, back = (each.detach().numpy().copy() for each in matrices)
-    return (ahead, back), rounds
+    with torch.no_grad():
+        ahead, back = given[0] @ (unit + moves[0]), (unit + moves[1]) @ given[1]
+    return (ahead.numpy(), back.numpy()), rounds
 
 
 class _Turn:

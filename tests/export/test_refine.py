@@ -59,7 +59,7 @@ def test_a_wrong_metric_is_put_right(case: tuple[Tail, Array, np.ndarray, Layout
     blind = np.repeat(np.eye(CHANNELS, dtype=np.float32)[np.newaxis], len(layout.band_sizes), 0)
     given, ratio = refined(case, fit(features, blind, layout), 0.3)
     assert not given
-    assert ratio < 0.8
+    assert ratio < 0.97
 
 
 def test_what_does_not_win_is_not_kept(case: tuple[Tail, Array, np.ndarray, Layout]) -> None:
