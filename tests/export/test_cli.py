@@ -96,6 +96,7 @@ def test_a_model_that_cannot_be_used(model: str, code: int, words: str, net: str
         (["--frames", "nowhere", "--out", "{out}"], 66, "does not exist"),
         (["--frames", "{photos}", "--out", "{out}", "--tiers", "a,a"], 64, "different names"),
         (["--frames", "{photos}", "--out", "{out}", "--size", "big"], 64, "is no size"),
+        (["--frames", "{photos}", "--out", "{out}", "--variants", "many"], 64, "neither none nor a number"),
         (["--frames", "{photos}", "--out", "{out}", "--mean", "1,2"], 64, "one number or three"),
         (["--frames", "{photos}", "--out", "{out}", "--std", "0"], 64, "must not be 0"),
         (["--frames", "{photos}", "--out", "{out}", "--std", "1", "--scale", "1"], 64, "say the same"),
