@@ -104,23 +104,22 @@ def place(spectra: Array, layout: Layout) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """A fitted transform: coefficients = spectrum @ forward[band], in the order of their spread, less their mean."""
+    """A fitted transform: coefficients = (spectrum - centre) @ forward[band], in the order of their spread."""
 
     layout: Layout
     forward: Array  # (bands, channels, channels)
     backward: Array  # (bands, channels, channels), its inverse, or what refinement made of that
-    mean: Array  # (n,), by band, then position, then component
-    order: NDArray[np.int64]  # (n,): places in that order, widest spread first
+    centre: Array  # (positions, channels): the mean spectrum
+    order: NDArray[np.int64]  # (n,): places by band, position and component, widest spread first
 
     def analyse(self, features: Array) -> Array:
         """Features (frames, positions, channels) as coefficients (frames, n); what the encoder's graph computes."""
-        return (self._by_band(features) - self.mean)[:, self.order]
+        return _turn(spectrum(features, self.layout) - self.centre, self.forward, self.layout)[:, self.order]
 
     def synthesize(self, coefficients: Array) -> Array:
         """Coefficients (frames, n) as features (frames, positions, channels); what the decoder's graph computes."""
         by_band = np.empty_like(coefficients)
         by_band[:, self.order] = coefficients
-        by_band += self.mean
         spectra = np.empty((len(coefficients), self.layout.positions, self.layout.channels), np.float32)
         start = 0
         for band, size in enumerate(self.layout.band_sizes):
@@ -128,10 +127,7 @@ class Transform:
             part = by_band[:, start:end].reshape(-1, size, self.layout.channels)
             spectra[:, self.layout.bands == band] = part @ self.backward[band]
             start = end
-        return place(spectra, self.layout)
-
-    def _by_band(self, features: Array) -> Array:
-        return _turn(spectrum(features, self.layout), self.forward, self.layout)
+        return place(spectra + self.centre, self.layout)
 
 
 def fit(features: Array, sensitivity: Array, layout: Layout) -> Transform:
@@ -169,10 +165,9 @@ def fit(features: Array, sensitivity: Array, layout: Layout) -> Transform:
 
 def settle(layout: Layout, forward: Array, backward: Array, spectra: Array) -> Transform:
     """Put the coefficients of given matrices in order, by the spectra (frames, positions, channels) of the frames."""
-    coefficients = _turn(spectra, forward, layout)
-    mean = coefficients.mean(axis=0)
-    spread = np.abs(coefficients - mean).mean(axis=0)
-    return Transform(layout, forward, backward, mean, np.argsort(-spread, kind="stable"))
+    centre = spectra.mean(axis=0)
+    spread = np.abs(_turn(spectra - centre, forward, layout)).mean(axis=0)
+    return Transform(layout, forward, backward, centre, np.argsort(-spread, kind="stable"))
 
 
 def _turn(spectra: Array, forward: Array, layout: Layout) -> Array:

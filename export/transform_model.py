@@ -58,11 +58,11 @@ def encoder(transform: Transform, wire: Wire | None, shape: Shape) -> ModelProto
         graph.add("DequantizeLinear", FEATURES, *_scale(graph, wire), axis=len(shape) if wire.scale.ndim else 1)
     graph.reshape(layout.positions, layout.channels)
     _over_the_grid(graph, transform, inverse=False)
+    graph.add("Sub", graph.last, graph.hold(transform.centre))
     graph.gather(layout.by_band, 0)
     _by_band(graph, transform.forward, layout.band_sizes)
     graph.reshape(1, -1)
     graph.gather(transform.order, 1)
-    graph.add("Sub", graph.last, graph.hold(transform.mean[transform.order]))
     count = layout.positions * layout.channels
     return graph.model("encoder", (FEATURES, _dtype(wire), shape), (COEFFICIENTS, "float32", (count,)))
 
@@ -71,11 +71,11 @@ def decoder(transform: Transform, wire: Wire | None, shape: Shape) -> ModelProto
     """The graph from coefficients (1, n) to features (1, …) as they travel."""
     layout = transform.layout
     graph = _Graph(COEFFICIENTS)
-    graph.add("Add", graph.last, graph.hold(transform.mean[transform.order]))
     graph.gather(np.argsort(transform.order), 1)
     graph.reshape(layout.positions, layout.channels)
     _by_band(graph, transform.backward, layout.band_sizes)
     graph.gather(np.argsort(layout.by_band), 0)
+    graph.add("Add", graph.last, graph.hold(transform.centre))
     _over_the_grid(graph, transform, inverse=True)
     graph.reshape(1, *shape)
     if wire is not None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.transform import Array, Transform, cosines, fit, layout_of, place, spectrum
+from export.transform import Array, Transform, cosines, fit, layout_of, place, settle, spectrum
 from export.transform_model import COEFFICIENTS, FEATURES, decoder, encoder
 from export.wires import Wire
 
@@ -94,6 +94,20 @@ def test_graphs_compute_the_transform_and_its_inverse(shape: tuple[int, ...]) ->
     (again,) = back.run([FEATURES], {COEFFICIENTS: coefficients})
     assert again.shape == frame.shape
     assert np.allclose(again, frame, atol=1e-2 * np.abs(frame).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_stands_for_the_mean_frame_whatever_the_matrices(shape: tuple[int, ...]) -> None:
+    """Refined matrices are no inverses of one another; the mean must not pass through them."""
+    transform, values = fitted(shape)
+    layout = transform.layout
+    moved = settle(layout, transform.forward, 0.5 * transform.backward, spectrum(values, layout))
+    nothing = np.zeros((1, layout.positions * layout.channels), np.float32)
+    mean = values.mean(axis=0)
+    assert np.allclose(moved.synthesize(nothing)[0], mean, atol=1e-3 * np.abs(mean).max())
+    back = ort.InferenceSession(decoder(moved, None, shape).SerializeToString())
+    (frame,) = back.run([FEATURES], {COEFFICIENTS: nothing})
+    assert np.allclose(frame.reshape(mean.shape), mean, atol=1e-3 * np.abs(mean).max())
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
