@@ -46,7 +46,8 @@ LEAST_SPEEDUP = 1.1
 LEAST_AGREEMENT = 0.9  # on the threshold frames, with the whole float model
 FITTED = 150  # frames
 CALIBRATED = 48  # frames
-TURNS, WARM_UP = 25, 3
+TURNS, WARM_UP = 50, 3
+NOISE = 0.05  # of a measured ratio of times
 
 Logits = NDArray[np.float32]
 
@@ -174,7 +175,7 @@ def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dic
 
 
 def time_side_by_side(models: Sequence[ModelProto], frame: Tensor) -> list[float]:
-    """Milliseconds of the one thread's processor for a frame, the median of several turns.
+    """Milliseconds of the one thread's processor for a frame, the lower quartile of several turns.
 
     Models take turns, and what other processes do meanwhile does not count: what is compared are models.
     """
@@ -187,7 +188,7 @@ def time_side_by_side(models: Sequence[ModelProto], frame: Tensor) -> list[float
             session.run(None, {name: frame})
             if turn >= WARM_UP:
                 times.append((time.thread_time_ns() - start_ns) / 1e6)
-    return [round(statistics.median(times), 3) for times in took]
+    return [round(statistics.quantiles(times)[0], 3) for times in took]
 
 
 def times_ms(bundle: Bundle, frame: Tensor) -> list[float]:
@@ -206,7 +207,7 @@ def _ladder(
     """
     steps = steps_for(sum(macs(node, trunk.opened.simplified.shapes) for node in whole.part.graph.node))
     tried: set[tuple[int, ...]] = set()
-    fastest = LEAST_SPEEDUP
+    fastest = 0.0
     for ratio in np.linspace(*LADDER, recipe.variants) if recipe.variants > 1 else [float(np.mean(LADDER))]:
         chosen = widths(analysis, float(ratio))
         sizes = tuple(chosen.values())
@@ -218,9 +219,9 @@ def _ladder(
         segment = _as_segment(student, trunk, fit, recipe)
         own_ms, took_ms = time_side_by_side([trunk.chain.segments[0], segment], fit[0])
         report.note(f"channels {'/'.join(map(str, sizes))}: {own_ms / took_ms:.2f}x as fast")
-        if own_ms < fastest * took_ms:
+        if own_ms / took_ms < max(LEAST_SPEEDUP, (1 - NOISE) * fastest):
             continue
-        fastest = own_ms / took_ms
+        fastest = max(fastest, own_ms / took_ms)
         if steps:
             try:
                 student = distil(student, whole.part, whole.tail, fit, steps=steps, seed=recipe.seed)

@@ -153,7 +153,9 @@ class SegmentSpec(_Struct, frozen=True):
     max_batch_size: Annotated[int, msgspec.Meta(ge=1)] = (
         1  # the largest batch for which each answer was proved equal to that of a batch of one
     )
-    variants: tuple[VariantSpec, ...] = ()  # of the first segment only; variant 1 first, each faster than the last
+    variants: tuple[
+        VariantSpec, ...
+    ] = ()  # of the first segment only; variant 1 is the most faithful, the last the fastest
 
 
 class TierSpec(_Struct, frozen=True):
