@@ -41,7 +41,7 @@ from runtime.segment import load_segments
 from runtime.segment_onnx import session_options
 from runtime.variant import with_each_variant, with_variant
 
-LADDER = (0.71, 0.66)  # of the segment's cost: the most and the least that a variant keeps
+LADDER = (0.73, 0.68)  # of the segment's cost: the most and the least that a variant keeps
 LEAST_SPEEDUP = 1.1
 LEAST_AGREEMENT = 0.9  # on the threshold frames, with the whole float model
 FITTED = 150  # frames
