@@ -47,6 +47,7 @@ MAX_VALUES = 1 << 27  # of features held at once; frames are thinned out beyond
 ADDED_RATIO = 0.25
 MAX_COPIES_BATCH = 8
 SAMPLES_PER_CHANNEL = 4
+MOST_FRAMES = 300  # of each role; more would only take longer
 
 Logits = NDArray[np.float32]
 
@@ -87,8 +88,8 @@ def fit_codecs(
     report: Report,
 ) -> tuple[CutSpec, ...]:
     """Fit the transform codec of every cut and write its files into the bundle; every cut with what it can use."""
-    rows = np.concatenate([frames.roles["fit"], frames.roles["threshold"]])
-    held = np.arange(rows.size) >= frames.roles["fit"].size
+    rows = np.concatenate([_spread(frames.roles[role]) for role in ("fit", "threshold")])
+    held = np.isin(rows, frames.roles["threshold"])
     segments, _ = load_segments(bundle, 0, len(chosen))
     tensors: list[Tensor] = [frames.pixels[row : row + 1] for row in rows]
     looks = _looks(frames, max(on_wire(cut.shape)[-1] for cut in chosen), recipe.seed) if chosen else []
@@ -103,10 +104,15 @@ def fit_codecs(
     return (*specs, bundle.manifest.cuts[-1])
 
 
+def _spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most MOST_FRAMES of the rows, evenly spread."""
+    return rows[np.linspace(0, rows.size - 1, min(rows.size, MOST_FRAMES)).round().astype(int)]
+
+
 def _looks(frames: FrameSet, channels: int, seed: int) -> list[Tensor]:
     """Other looks at the fit frames, as many as the matrices of the narrowest band, one vector a frame, ask for."""
     generator = np.random.default_rng(seed)
-    fit_frames = frames.of("fit")
+    fit_frames = [frames.pixels[row : row + 1] for row in _spread(frames.roles["fit"])]
     wanted = min(COPIES, -(-SAMPLES_PER_CHANNEL * channels // len(fit_frames)))
     return [look for frame in fit_frames for look in list(copies(frame, generator))[::-1][: wanted - 1]]
 
