@@ -106,7 +106,8 @@ def fit_codecs(
 
 def _spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """At most MOST_FRAMES of the rows, evenly spread."""
-    return rows[np.linspace(0, rows.size - 1, min(rows.size, MOST_FRAMES)).round().astype(int)]
+    spread: NDArray[np.int64] = rows[np.linspace(0, rows.size - 1, min(rows.size, MOST_FRAMES)).round().astype(int)]
+    return spread
 
 
 def _looks(frames: FrameSet, channels: int, seed: int) -> list[Tensor]:
