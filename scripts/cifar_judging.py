@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -64,11 +64,7 @@ class Judged:
     n: int
     macs_saved: float  # share of the whole model's, the heads of the exits that were asked counted
     rows: tuple[ExitRow, ...]  # by exit alone, then by exit with those before it
-
-    def kept(self, promised: float) -> bool:
-        """Whether no early exit's promise is broken."""
-        last = max(row.cut for row in self.rows)
-        return all(row.high is None or row.high >= promised for row in self.rows if row.together and row.cut < last)
+    unguarded: ExitRow  # all early exits together, had they no guard
 
 
 def shifts(images: Images, seed: int) -> Iterator[tuple[str, Images]]:
@@ -107,14 +103,14 @@ def others(path: Path, limit: int) -> Images:
     return np.concatenate([prepare(picture, spec) for picture in found])
 
 
-def run(bundle: Bundle, tier: cascade.Tier, images: Images, policy: ExitPolicy) -> Answers:
+def run(tier: cascade.Tier, images: Images, policy: ExitPolicy) -> Answers:
     """Run images (images, height, width, 3) through all segments of the bundle."""
-    spec = bundle.manifest.preprocess
-    exits, classes, withheld = [], [], np.zeros((len(images), len(bundle.manifest.cuts)), np.int64)
+    manifest = tier.bundle.manifest
+    exits, classes, withheld = [], [], np.zeros((len(images), len(manifest.cuts)), np.int64)
     # A larger batch than was proved to be exact would be another judge than the board is.
-    size = min(BATCH, *(segment.max_batch_size for segment in bundle.manifest.segments))
+    size = min(BATCH, *(segment.max_batch_size for segment in manifest.segments))
     for start in range(0, len(images), size):
-        batch = [Features(0, prepare(image, spec)) for image in images[start : start + size]]
+        batch = [Features(0, prepare(image, manifest.preprocess)) for image in images[start : start + size]]
         for row, outcome in enumerate(cascade.run(batch, tier, policy), start):
             assert outcome.answer is not None, "the last exit answers whatever comes"
             exits.append(outcome.answer.exit)
@@ -129,19 +125,48 @@ def whole_tier(bundle: Bundle) -> cascade.Tier:
 
 
 def judge(
-    words: str, bundle: Bundle, answers: Answers, whole: NDArray[np.int64], labels: NDArray[np.int64] | None
+    words: str, tier: cascade.Tier, images: Images, whole: NDArray[np.int64], labels: NDArray[np.int64] | None
 ) -> Judged:
-    """Coverage, agreement and accuracy of every exit, and the compute saved, from answers to one set of images."""
+    """Coverage, agreement and accuracy of every exit, and the compute saved, on one set of images.
+
+    Args:
+        whole: the whole float model's answers to the images; `labels`: what is right, where that is known.
+    """
+    policy = ExitPolicy.of(tier.bundle)
+    answers = run(tier, images, policy)
+    unguarded = run(tier, images, replace(policy, limits={}))
+    last_early = tier.bundle.manifest.exits[-1].cut - 1
+    return Judged(
+        words,
+        len(whole),
+        saved(tier.bundle, answers),
+        tuple(rows(tier.bundle, answers, whole, labels)),
+        _row(last_early, True, unguarded, whole, labels),
+    )
+
+
+def rows(bundle: Bundle, answers: Answers, whole: NDArray[np.int64], labels: NDArray[np.int64] | None) -> list[ExitRow]:
+    """Every exit alone, then every exit with those before it."""
     cuts = [spec.cut for spec in bundle.manifest.exits]
-    rows = [_row(cut, together, answers, whole, labels) for together in (False, True) for cut in cuts]
-    return Judged(words, len(whole), _saved(bundle, answers), tuple(rows))
+    return [_row(cut, together, answers, whole, labels) for together in (False, True) for cut in cuts]
 
 
-def measured_saving(bundle: Bundle, tier: cascade.Tier, images: Images) -> tuple[float, float]:
+def saved(bundle: Bundle, answers: Answers) -> float:
+    """The share of the whole model's multiply-accumulates that the answers did without; heads are charged for."""
+    ends = np.cumsum([segment.macs for segment in bundle.manifest.segments]).tolist()
+    policy = ExitPolicy.of(bundle)
+    cost, asked = {}, 0
+    for spec in bundle.manifest.exits:
+        asked += spec.macs if policy.may_answer(spec.cut) else 0
+        cost[spec.cut] = ends[spec.cut - 1] + asked
+    return 1 - float(np.mean([cost[int(cut)] for cut in answers.exits])) / float(ends[-1])
+
+
+def measured_saving(tier: cascade.Tier, images: Images) -> tuple[float, float]:
     """Milliseconds a frame without and with the early exits, one frame at a time, the two in turns; means of the same
     images, after the medians of three runs of each."""
-    early, late = ExitPolicy.of(bundle), ExitPolicy.of(bundle, early=False)
-    spec = bundle.manifest.preprocess
+    early, late = ExitPolicy.of(tier.bundle), ExitPolicy.of(tier.bundle, early=False)
+    spec = tier.bundle.manifest.preprocess
     spent: dict[bool, list[float]] = {True: [], False: []}
     for image in images:
         frame = Features(0, prepare(image, spec))
@@ -158,22 +183,12 @@ def measured_saving(bundle: Bundle, tier: cascade.Tier, images: Images) -> tuple
 def _row(
     cut: int, together: bool, answers: Answers, whole: NDArray[np.int64], labels: NDArray[np.int64] | None
 ) -> ExitRow:
-    rows = answers.exits <= cut if together else answers.exits == cut
-    said, withheld = int(rows.sum()), int(answers.withheld[:, cut].sum())
+    mine = answers.exits <= cut if together else answers.exits == cut
+    said, withheld = int(mine.sum()), int(answers.withheld[:, cut].sum())
     if said == 0:
         return ExitRow(cut, together, 0, withheld, 0.0, None, None, None, None, None)
-    hits = int((answers.classes == whole)[rows].sum())
+    hits = int((answers.classes == whole)[mine].sum())
     low, high = clopper_pearson(hits, said)
-    right = None if labels is None else float((answers.classes == labels)[rows].mean())
-    whole_right = None if labels is None else float((whole == labels)[rows].mean())
+    right = None if labels is None else float((answers.classes == labels)[mine].mean())
+    whole_right = None if labels is None else float((whole == labels)[mine].mean())
     return ExitRow(cut, together, said, withheld, said / len(whole), hits / said, low, high, right, whole_right)
-
-
-def _saved(bundle: Bundle, answers: Answers) -> float:
-    ends = np.cumsum([segment.macs for segment in bundle.manifest.segments]).tolist()
-    policy = ExitPolicy.of(bundle)
-    cost, asked = {}, 0
-    for spec in bundle.manifest.exits:
-        asked += spec.macs if policy.may_answer(spec.cut) else 0
-        cost[spec.cut] = ends[spec.cut - 1] + asked
-    return 1 - float(np.mean([cost[int(cut)] for cut in answers.exits])) / float(ends[-1])

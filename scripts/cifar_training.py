@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BATCH = 128
-# Share of the steps → learning rate, linear between: two cycles, of about eight epochs and seven.
-RATES = ((0, 0.0), (1 / 6, 0.12), (1 / 3, 0.0655), (8 / 15, 0.0164), (8.5 / 15, 0.05), (1, 0.0))
+# The learning rate at shares of all steps, linear between: two cycles, of about eight epochs and seven.
+SHARES = (0.0, 1 / 6, 1 / 3, 8 / 15, 8.5 / 15, 1.0)
+RATES = (0.0, 0.12, 0.0655, 0.0164, 0.05, 0.0)
 MOMENTUM, DECAY = 0.9, 5e-4
 SMOOTHING = 0.1
 EXIT_WEIGHTS = (0.4, 0.4)  # beside the last exit's 1
@@ -124,7 +125,7 @@ def _optimizer(network: nn.Module) -> torch.optim.SGD:
 
 
 def _rate(progress: float) -> float:
-    return float(np.interp(progress, *zip(*RATES, strict=True)))
+    return float(np.interp(progress, SHARES, RATES))
 
 
 def _loss(said: tuple[Tensor, ...], labels: Tensor) -> Tensor:

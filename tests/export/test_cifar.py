@@ -75,9 +75,14 @@ def test_answers_come_from_the_exit_whose_logits_give_them(made: Exported, weigh
     with torch.inference_mode():
         logits = network.eval()(pixels.float())
     tier = cifar_judging.whole_tier(made.bundle)
-    answers = cifar_judging.run(made.bundle, tier, images, ExitPolicy.of(made.bundle, early=False))
+    answers = cifar_judging.run(tier, images, ExitPolicy.of(made.bundle, early=False))
     assert set(answers.exits) == {3}
     assert answers.classes.tolist() == logits[2].argmax(1).tolist()
+    judged = cifar_judging.judge("noise", tier, images, answers.classes, None)
+    assert judged.rows[-1].agreement is not None
+    assert judged.rows[-1].answered == judged.n == 12
+    assert judged.unguarded.answered >= judged.rows[-2].answered
+    assert judged.rows[0].accuracy is None
 
 
 def test_a_judgement_counts_by_exit_and_charges_the_heads_that_were_asked(made: Exported) -> None:
@@ -85,18 +90,16 @@ def test_a_judgement_counts_by_exit_and_charges_the_heads_that_were_asked(made: 
     manifest = msgspec.structs.replace(made.bundle.manifest, exits=exits)
     bundle = replace(made.bundle, manifest=manifest)
     answers = cifar_judging.Answers(np.array([1, 1, 2, 3]), np.array([0, 1, 2, 3]), np.eye(4, dtype=np.int64))
-    judged = cifar_judging.judge("four", bundle, answers, np.array([0, 9, 2, 3]), np.array([0, 1, 2, 9]))
-    first, second, last, _, early, everything = judged.rows
+    rows = cifar_judging.rows(bundle, answers, np.array([0, 9, 2, 3]), np.array([0, 1, 2, 9]))
+    first, second, last, _, early, everything = rows
     assert (first.answered, first.coverage, first.agreement, first.accuracy) == (2, 0.5, 0.5, 1.0)
     assert (second.agreement, last.accuracy, last.whole_accuracy) == (1.0, 0.0, 0.0)
     assert (early.together, early.answered, everything.answered) == (True, 3, 4)
     assert (first.withheld, last.withheld) == (1, 1)
-    assert judged.kept(0.9)
-    assert not judged.kept(0.9999)
     assert everything.agreement == 0.75
     one, two, three = (segment.macs for segment in manifest.segments)
     spent = 4 * (one + exits[0].macs) + 2 * (two + exits[1].macs) + three
-    assert judged.macs_saved == pytest.approx(1 - spent / (4 * (one + two + three)))
+    assert cifar_judging.saved(bundle, answers) == pytest.approx(1 - spent / (4 * (one + two + three)))
 
 
 def test_shifts_keep_the_form_and_grow() -> None:
