@@ -1,10 +1,10 @@
 """Refines a fitted transform by distillation: `kinflow export --refine MINUTES`.
 
-The closed-form fit counts errors to second order and takes frequencies of a band for alike. Here the matrices of the
-encoder and the decoder are moved by gradient descent so that answers after coding stay near the whole float model's at
-fewer bits: noise of one step stands for rounding, the logarithm of each coefficient's size for its bits (as in Ballé,
-Laparra, Simoncelli, "End-to-end optimized image compression", ICLR 2017, without their networks). What comes out is
-kept only when it needs fewer bits at the same divergence on frames that had no part in it.
+The closed-form fit counts errors to second order and takes frequencies of a band for alike. Here the encoder's
+matrices, and with them the decoder's, their inverses, are moved by gradient descent so that answers after coding stay
+near the whole float model's at fewer bits: noise of one step stands for rounding, the logarithm of each coefficient's
+size for its bits (as in Ballé, Laparra, Simoncelli, "End-to-end optimized image compression", ICLR 2017, without their
+networks). What comes out is kept only when it needs fewer bits at the same divergence on frames that had no part in it.
 """
 
 from __future__ import annotations
@@ -83,11 +83,15 @@ def refine(
 def bits_ratio(given: NDArray[np.float64], refined: NDArray[np.float64]) -> float:
     """The bits of `refined` to those of `given` at the same divergence, by straight lines through logarithms.
 
+    Infinite where more bits do not lessen the divergence: then it is not rounding that does harm.
+
     Args:
         given: (points, 2): bits and divergence.
         refined: as `given`.
     """
     lines = [np.polyfit(np.log(curve[:, 1]), np.log(curve[:, 0]), 1) for curve in (given, refined)]
+    if lines[1][0] >= 0:
+        return float("inf")
     at = np.log(given[:, 1]).mean()
     return float(np.exp(np.polyval(lines[1], at) - np.polyval(lines[0], at)))
 
@@ -106,11 +110,12 @@ def _descend(
     generator = torch.Generator().manual_seed(seed)
     layout = transform.layout
     turn = _Turn(layout)
-    # Moves are made among coefficients, where all directions are worth the same and one rate of learning suits all.
-    moves = [torch.zeros(transform.forward.shape, requires_grad=True) for _ in range(2)]
+    # Moves are made among coefficients, where all directions are worth the same and one rate of learning suits all. The
+    # decoder stays the encoder's inverse: what is learnt is where errors go, and nothing is lost but by rounding.
+    moves = torch.zeros(transform.forward.shape, requires_grad=True)
     given = [torch.from_numpy(each) for each in (transform.forward, transform.backward)]
     unit = torch.eye(layout.channels)
-    optimizer = torch.optim.Adam(moves, lr=RATE)
+    optimizer = torch.optim.Adam([moves], lr=RATE)
     spectra = torch.from_numpy(spectrum(features, layout))
     centre = spectra.mean(dim=0)
     likely = torch.log_softmax(torch.from_numpy(logits), 1)
@@ -120,7 +125,7 @@ def _descend(
     done = False
     while not done:
         for rows in torch.split(torch.randperm(len(features), generator=generator), min(BATCH, tail.batch)):
-            forward, backward = given[0] @ (unit + moves[0]), (unit + moves[1]) @ given[1]
+            forward, backward = given[0] @ (unit + moves), torch.linalg.inv(unit + moves) @ given[1]
             coefficients = turn.by_band(spectra[rows] - centre, forward)
             noise = torch.rand(coefficients.shape, generator=generator) - 0.5
             restored = turn.by_band(coefficients + step * noise, backward) + centre
@@ -144,7 +149,7 @@ def _descend(
             if done:
                 break
     with torch.no_grad():
-        ahead, back = given[0] @ (unit + moves[0]), (unit + moves[1]) @ given[1]
+        ahead, back = given[0] @ (unit + moves), torch.linalg.inv(unit + moves) @ given[1]
     return (ahead.numpy(), back.numpy()), rounds
 
 
