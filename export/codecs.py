@@ -37,7 +37,7 @@ from runtime.manifest import Bundle, CodecSpec, CutSpec, RateSpec
 from runtime.segment import Segment, load_segments
 from runtime.segment_onnx import session_options
 
-AGREEMENTS = (0.80, 0.90, 0.95, 0.98, 0.99)  # that rates are chosen for; in percent they are the rates' parameters
+AGREEMENTS = (0.60, 0.80, 0.90, 0.95, 0.98, 0.99)  # that rates are chosen for; in percent, their parameters
 JPEG_QUALITIES = (50, 75, 90)
 # Multiples of the step at which noise of a twelfth of its square in every coefficient costs TRIED_NATS.
 TRIED = tuple(2.0 ** (power / 2) for power in range(-3, 6))

@@ -27,6 +27,7 @@ from export.graph import (
     copy_of,
     extract,
     finish,
+    halved,
     macs,
     opset,
     static_shapes,
@@ -122,10 +123,11 @@ def statistics_front(wire: Wire | None, shape: Shape) -> ModelProto:
 
 def head_model(front: ModelProto, head: LinearHead, name: str) -> ModelProto:
     """A front and the linear layer behind it."""
-    weights = [constant(f"{name}/weight", head.weight), constant(f"{name}/bias", head.bias)]
-    classify = helper.make_node("Gemm", [ROW, *(weight.name for weight in weights)], [LOGITS], f"{name}/classify")
+    weights, nodes = halved(f"{name}/weight", head.weight)
+    weights.append(constant(f"{name}/bias", head.bias))
+    classify = helper.make_node("Gemm", [ROW, f"{name}/weight", f"{name}/bias"], [LOGITS], f"{name}/classify")
     graph = helper.make_graph(
-        [*front.graph.node, classify],
+        [*front.graph.node, *nodes, classify],
         name,
         list(front.graph.input),
         [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", len(head.bias)])],

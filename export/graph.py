@@ -160,6 +160,20 @@ def constant(name: str, value: NDArray[np.generic]) -> TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 
+def halved(name: str, value: NDArray[np.float32]) -> tuple[list[TensorProto], list[NodeProto]]:
+    """A large constant kept in 16 bits, and the nodes that make `name` of it; onnxruntime folds them when it loads."""
+    scale = np.float32(max(float(np.abs(value).max()), 1e-30))
+    kept = [
+        constant(f"{name}/half", (value / scale).astype(np.float16)),
+        constant(f"{name}/scale", np.array(scale)),
+    ]
+    nodes = [
+        helper.make_node("Cast", [f"{name}/half"], [f"{name}/cast"], f"{name}/widen", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}/cast", f"{name}/scale"], [name], f"{name}/rescale"),
+    ]
+    return kept, nodes
+
+
 def replace_input(node: NodeProto, old: str, new: str) -> None:
     """Let a node read another tensor."""
     for place, name in enumerate(node.input):

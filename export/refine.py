@@ -24,7 +24,7 @@ from export.torch_graph import TorchGraph
 from export.transform import Array, Layout, Transform, cosines, settle, spectrum
 
 BATCH = 8
-RATE = 2e-3  # of learning; it falls to nothing
+RATE = 5e-4  # of learning; it falls to nothing
 LEAST_GAIN = 0.01  # of the bits, for the refined transform to be kept
 JUDGED_STEPS = (0.7, 1.0, 1.4)  # of the given one
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from export.graph import OPSET, Shape, constant, finish, tensor_info
+from export.graph import OPSET, Shape, constant, finish, halved, tensor_info
 from export.transform import Transform, cosines
 from export.wires import Wire
 
@@ -33,6 +33,13 @@ class _Graph:
     def hold(self, value: NDArray[Any]) -> str:
         name = f"constant{len(self.constants)}"
         self.constants.append(constant(name, value))
+        return name
+
+    def half(self, value: NDArray[np.float32]) -> str:
+        name = f"matrix{len(self.constants)}"
+        kept, nodes = halved(name, value)
+        self.constants.extend(kept)
+        self.nodes.extend(nodes)
         return name
 
     def reshape(self, *shape: int) -> None:
@@ -106,7 +113,7 @@ def _over_the_grid(graph: _Graph, transform: Transform, *, inverse: bool) -> Non
 def _by_band(graph: _Graph, matrices: NDArray[np.float32], sizes: list[int]) -> None:
     """(positions by band, channels) times each band's matrix."""
     parts = graph.split(sizes, 0) if len(sizes) > 1 else [graph.last]
-    turned = [graph.add("MatMul", part, graph.hold(matrix))[0] for part, matrix in zip(parts, matrices, strict=True)]
+    turned = [graph.add("MatMul", part, graph.half(matrix))[0] for part, matrix in zip(parts, matrices, strict=True)]
     if len(turned) > 1:
         graph.add("Concat", *turned, axis=0)
 

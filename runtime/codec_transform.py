@@ -22,7 +22,7 @@ from runtime.manifest import Bundle, CodecSpec, CutSpec
 from runtime.segment import Segment, load_graph
 
 MAX_LEVEL = MAX_MAGNITUDE // 2  # so that differences of levels can be packed as well
-HYSTERESIS = 0.8  # steps that a coefficient may be off its last level before it moves
+HYSTERESIS = 1.0  # steps that a coefficient may be off its last level before it moves
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ def case() -> tuple[Tail, Array, np.ndarray, Layout]:
 
 def refined(case: tuple[Tail, Array, np.ndarray, Layout], transform: Transform, step: float) -> tuple[bool, float]:
     behind, features, logits, _ = case
-    made = refine(transform, behind, features, logits, HELD, step=step, minutes=1, seed=0, most_rounds=200)
-    assert made.rounds == 200
+    made = refine(transform, behind, features, logits, HELD, step=step, minutes=1, seed=0, most_rounds=400)
+    assert made.rounds == 400
     return made.transform is transform, made.bits_ratio
 
 

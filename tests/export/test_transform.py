@@ -90,7 +90,8 @@ def test_graphs_compute_the_transform_and_its_inverse(shape: tuple[int, ...]) ->
     forth = ort.InferenceSession(encoder(transform, None, shape).SerializeToString())
     back = ort.InferenceSession(decoder(transform, None, shape).SerializeToString())
     (coefficients,) = forth.run([COEFFICIENTS], {FEATURES: frame})
-    assert np.allclose(coefficients, transform.analyse(values[:1]), atol=1e-2)
+    expected = transform.analyse(values[:1])
+    assert np.allclose(coefficients, expected, atol=3e-3 * np.abs(expected).max())  # matrices are kept in 16 bits
     (again,) = back.run([FEATURES], {COEFFICIENTS: coefficients})
     assert again.shape == frame.shape
     assert np.allclose(again, frame, atol=1e-2 * np.abs(frame).max())
