@@ -17,6 +17,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# Machines are shared and slow at times; how long an example takes says nothing here.
+settings.register_profile("kinflow", deadline=None)
+settings.load_profile("kinflow")
 
 ROOT = Path(__file__).parent.parent
 BROKER_CONFIG = ROOT / "firmware_configs" / "mosquitto" / "mosquitto.conf"
