@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
+from runtime import manifest
 from runtime.config import BrokerConfig, CameraConfig, DeviceConfig, NodeConfig, UplinkConfig
 from runtime.datatypes import Dropped, Result
 from runtime.device import Device
@@ -70,8 +73,18 @@ def serve(tier: Node, stack: ExitStack) -> None:
     stack.callback(stop.set)
 
 
-def test_one_frame_walks_as_written(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "unsure", thresholds=(1.1, 1.1))
+def unsure(directory: Path) -> Path:
+    """The reference bundle with early exits that are asked of every frame and never sure enough."""
+    shutil.copytree(ROOT / "runtime" / "reference" / "lite0", directory)
+    known = manifest.load(directory).manifest
+    *early, last = known.exits
+    asked = [msgspec.structs.replace(spec, threshold=1.1, points=()) for spec in early]
+    manifest.save(msgspec.structs.replace(known, exits=(*asked, last)), directory)
+    return directory
+
+
+def test_one_frame_walks_as_written(tmp_path: Path) -> None:
+    bundle = unsure(tmp_path / "unsure")
     photos = tmp_path / "photos"
     photos.mkdir()
     cv2.imwrite(str(photos / "frame.png"), np.zeros((40, 40, 3), np.uint8))
