@@ -22,9 +22,9 @@ from runtime.datatypes import Tensor
 from runtime.segment_onnx import session_options
 
 BATCH = 8
-STEPS = 100
+STEPS = 60
 LEAST_STEPS = 20  # fewer change nothing
-MACS = 4e11  # multiply-accumulates that training may cost, about a third of them on the way there
+MACS = 2.4e11  # multiply-accumulates that training may cost, about a third of them on the way there
 RATE, WARM_UP = 3e-3, 10  # Adam's, and steps until it is reached; then it falls to nothing, step by step
 HELD_BACK = 8  # one of so many inputs
 ANSWER_RATIO = 0.5  # of the weight of an error that is its cost to the answer

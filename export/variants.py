@@ -41,7 +41,7 @@ from runtime.segment import load_segments
 from runtime.segment_onnx import session_options
 from runtime.variant import with_each_variant, with_variant
 
-LADDER = (0.73, 0.68)  # of the segment's cost: the most and the least that a variant keeps
+FIRST, STEP = 0.73, 0.04  # share of the segment's cost that the first variant keeps, and how much less each next one
 LEAST_SPEEDUP = 1.1
 LEAST_AGREEMENT = 0.9  # on the threshold frames, with the whole float model
 FITTED = 150  # frames
@@ -208,8 +208,8 @@ def _ladder(
     steps = steps_for(sum(macs(node, trunk.opened.simplified.shapes) for node in whole.part.graph.node))
     tried: set[tuple[int, ...]] = set()
     fastest = 0.0
-    for ratio in np.linspace(*LADDER, recipe.variants) if recipe.variants > 1 else [float(np.mean(LADDER))]:
-        chosen = widths(analysis, float(ratio))
+    for number in range(recipe.variants):
+        chosen = widths(analysis, FIRST - STEP * number)
         sizes = tuple(chosen.values())
         whole_sizes = tuple(unit.hidden.width for unit in analysis.units)
         if sizes in tried or sizes == whole_sizes:
