@@ -28,7 +28,7 @@ Method = Literal["gradients", "probes"]
 
 BATCH = 8
 PROBE_RATIO = 0.3  # size of a push, in standard deviations of the features
-PROBE_MACS = 2.4e12  # what probing one cut may cost
+PROBE_MACS = 2.2e12  # what probing one cut may cost
 LEAST_PROBED = 4  # frames
 MOST_PROBED = 32
 MOST_DIRECTIONS = 96
