@@ -19,7 +19,7 @@ MAX_LINES = 350
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
-    {"preprocess", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
+    {"preprocess", "boxes", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
     {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker"},  # and every variant of a seam
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
