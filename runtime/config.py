@@ -71,6 +71,15 @@ class CameraConfig(_Struct, frozen=True):
     read_timeout_s: Seconds = 5.0  # no frame for so long: the camera is stalled and is opened again
 
 
+class PreviewConfig(_Struct, frozen=True):
+    """Small pictures of every camera, for the page. Off by default: then no picture ever leaves the device for it."""
+
+    enabled: bool = False
+    max_fps: Annotated[float, msgspec.Meta(gt=0, le=30)] = 2.0
+    width: Annotated[int, msgspec.Meta(ge=16, le=1920)] = 480  # in pixels, at most; a smaller frame stays as it is
+    quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 60  # of the JPEG
+
+
 class DeviceConfig(_Struct, frozen=True):
     """Everything `kinflow device` can be told."""
 
@@ -91,6 +100,14 @@ class DeviceConfig(_Struct, frozen=True):
     max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
+    preview: PreviewConfig = PreviewConfig()
+
+
+class UiConfig(_Struct, frozen=True):
+    """The page that shows what cameras see and who answers; there is no login, so whoever reaches the port sees it."""
+
+    host: NotEmpty = "127.0.0.1"  # only this machine; 0.0.0.0 lets everybody in who reaches it
+    port: Port = 8080
 
 
 class UplinkConfig(_Struct, frozen=True):
@@ -124,6 +141,7 @@ class NodeConfig(_Struct, frozen=True):
     max_reference_bytes: Positive = 64 * 1024 * 1024  # earlier frames kept, which later ones are coded against
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
+    ui: UiConfig | None = None  # given: `kinflow node` serves the page as well, as it does with --ui
 
 
 Config = TypeVar("Config", DeviceConfig, NodeConfig)

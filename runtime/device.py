@@ -28,6 +28,7 @@ from runtime.errors import ConfigError
 from runtime.link import open_link
 from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
+from runtime.preview import Previews
 from runtime.reply import Reply
 from runtime.segment import load_segments
 from runtime.topics import Subtree
@@ -91,6 +92,7 @@ class Device:
             counters=self.counters,
         )
         self._link.on_connect(self._announce)
+        self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
         # A picture codec sends the frame itself, before any local segment has run.
         cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
         self._variant = config.variant if cut > 0 else 0
@@ -160,6 +162,7 @@ class Device:
         frame = capture.take()
         if frame is None:
             return False
+        self._previews.see(frame)
         start_ns = time.monotonic_ns()
         features = Features(0, prepare(frame.pixels, self.bundle.manifest.preprocess))
         timings = {

@@ -62,6 +62,10 @@ class Subtree:
         """Retained: `starting`, `online`, `stalled` or `offline`."""
         return f"{self}/cam/{camera}/status"
 
+    def preview(self, camera: str) -> str:
+        """Small JPEGs of a camera, only where the device's settings ask for them."""
+        return f"{self}/cam/{camera}/preview"
+
 
 def requests(site: str, role: Literal["d", "n"], pool: str | None = None) -> str:
     """The filter that matches all requests of a site's devices or nodes; with `pool`, a shared subscription."""
@@ -80,6 +84,23 @@ def sender(topic: str) -> Subtree | None:
     if role == "d":
         return Subtree(site, "d", name)
     return Subtree(site, "n", name) if role == "n" else None
+
+
+def reports(site: str) -> tuple[str, ...]:
+    """The filters that match what devices and nodes of a site tell about themselves, and no request or reply."""
+    below = f"{ROOT}/{site}/+/+"
+    return (*(f"{below}/{kind}" for kind in ("availability", "birth", "stats")), f"{below}/cam/+/+")
+
+
+def report(topic: str) -> tuple[Subtree, str | None, str] | None:
+    """Who tells what: sender, camera (None: of the sender itself) and kind, or None when `topic` is no report."""
+    levels = topic.split("/")
+    if "/".join(levels[:2]) != ROOT or not all(valid_id(level) for level in levels[2:]):
+        return None
+    if len(levels) not in (6, 8) or levels[3] not in ("d", "n") or (len(levels) == 8 and levels[5] != "cam"):
+        return None
+    who = Subtree(levels[2], "d" if levels[3] == "d" else "n", levels[4])
+    return (who, None, levels[5]) if len(levels) == 6 else (who, levels[6], levels[7])
 
 
 def publish_bytes(topic: str, payload_bytes: int, *, qos: int = 0, mqtt5: bool = True) -> int:

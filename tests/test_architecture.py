@@ -20,7 +20,8 @@ LAYERS = (
     {"datatypes", "errors", "counters"},
     {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
     {"preprocess", "boxes", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
-    {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker"},  # and every variant of a seam
+    # and every variant of a seam
+    {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker", "preview"},
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from paho.mqtt.client import Client, topic_matches_sub
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from runtime.topics import Subtree, publish_bytes, requests, sender, valid_id
+from runtime.topics import Subtree, publish_bytes, report, reports, requests, sender, valid_id
 
 V5, V311 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 PUBLISH, PUBACK = 3, 4
@@ -150,3 +151,28 @@ def test_any_topic_has_a_sender_or_none(topic: str) -> None:
 )
 def test_an_id_is_ascii_letters_digits_dash_and_underscore(name: str, valid: bool) -> None:
     assert valid_id(name) is valid
+
+
+@given(ids, st.sampled_from("dn"), ids, ids)
+def test_every_report_is_heard_and_read(site: str, role: Literal["d", "n"], name: str, camera: str) -> None:
+    own = Subtree(site, role, name)
+    told = {
+        own.availability: (None, "availability"),
+        own.birth: (None, "birth"),
+        own.stats: (None, "stats"),
+        own.result(camera): (camera, "result"),
+        own.camera_status(camera): (camera, "status"),
+        own.preview(camera): (camera, "preview"),
+    }
+    for topic, said in told.items():
+        assert sum(topic_matches_sub(wanted, topic) for wanted in reports(site)) == 1
+        assert report(topic) == (own, *said)
+    for topic in (own.replies, own.request("0123abcd", 3)):
+        assert not any(topic_matches_sub(wanted, topic) for wanted in reports(site))
+
+
+@given(st.text("/abd+#kinflow1v", max_size=60))
+def test_what_is_no_report_is_none_or_matches_a_filter(text: str) -> None:
+    read = report(f"kinflow/v1/{text}")
+    assert read is None or f"kinflow/v1/{text}".startswith(f"{read[0]}/")
+    assert report(text) is None or text.startswith("kinflow/v1/")
