@@ -19,13 +19,35 @@ MAX_LINES = 350
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
-    {"preprocess", "boxes", "levels", "codec", "policy", "camera", "capture", "segment", "link", "credentials"},
-    # and every variant of a seam
-    {"cascade", "batcher", "reply", "references", "coding", "uplink", "broker", "preview"},
+    {
+        "preprocess",
+        "boxes",
+        "events",
+        "in_order",
+        "levels",
+        "codec",
+        "policy",
+        "task",
+        "camera",
+        "capture",
+        "segment",
+        "link",
+        "credentials",
+    },
+    {
+        "cascade",
+        "batcher",
+        "reply",
+        "references",
+        "coding",
+        "uplink",
+        "broker",
+        "preview",
+    },  # and every variant of a seam
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
 )
-SEAMS = ("camera", "codec", "segment", "link")
+SEAMS = ("camera", "codec", "segment", "link", "task", "events")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
 TIERS = 4
 FORBIDDEN_ON_A_DEVICE = (
