@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from export.graph import LAYOUT_OPS, PROLOGUE, Index, Shape, macs
+from export.graph import EPILOGUE, LAYOUT_OPS, PROLOGUE, Index, Shape, macs
 from runtime.errors import ConfigError
 
 
@@ -75,7 +75,7 @@ def list_cuts(model: ModelProto, shapes: Mapping[str, Shape]) -> list[Cut]:
     names = [
         name
         for name in separators(model)
-        if name in shapes and len(shapes[name]) > 1 and not index.producer[name].name.startswith(PROLOGUE)
+        if name in shapes and len(shapes[name]) > 1 and not index.producer[name].name.startswith((PROLOGUE, EPILOGUE))
     ]
     before = {name: sum(costs[id(node)] for node in index.ancestors([name])) for name in names}
     first = _first_read(index)

@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 FRAME = "frame"  # input of the whole model: uint8 (batch, height, width, 3)
 LOGITS = "logits"  # its output: float32 (batch, classes)
 PROLOGUE = "kinflow/prologue/"  # names of the nodes that turn pixels into what the network was trained on
+EPILOGUE = "kinflow/detect/"  # names of the nodes that turn a detector's last layers into rows; they stay float
 OPSET = 17
 # Layers that rearrange values without computing new ones.
 LAYOUT_OPS = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})

@@ -2,7 +2,8 @@
 
 The whole is quantized before it is cut: the wire then carries the model's own uint8, and the segments composed give
 the whole model's answer bit for bit. Convolutional networks get static QDQ throughout. Networks with attention or
-layer normalization keep those in float, and only their convolutions and products with weights are quantized.
+layer normalization keep those in float, and only their convolutions and products with weights are quantized. What a
+detector does behind its last layers, decoding and suppression, stays float in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from onnx import ModelProto, NodeProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from export.cuts import Cut
-from export.graph import FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, constant, copy_of, finish, replace_input
+from export.graph import EPILOGUE, FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, constant, copy_of, finish, replace_input
 from export.wires import Wire, add_wire, fused_cuts
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
@@ -121,7 +122,7 @@ def _static(trunk: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target:
     if recipe == "attention":
         op_types = ["Conv", "Gemm", "MatMul"]
         options |= {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
-    prologue = [node.name for node in trunk.graph.node if node.name.startswith(PROLOGUE)]
+    left = [node.name for node in trunk.graph.node if node.name.startswith((PROLOGUE, EPILOGUE))]
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         path = Path(scratch) / "quantized.onnx"
         try:
@@ -135,7 +136,7 @@ def _static(trunk: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target:
                 reduce_range=TARGETS[target].reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=prologue,
+                nodes_to_exclude=left,
                 extra_options=options,
             )
         except Exception as error:  # the quantizer raises whatever its parts raise
@@ -202,6 +203,8 @@ def recipe_of(trunk: ModelProto) -> Recipe:
     """Which recipe a graph needs: products of two activations, softmax or layer normalization are left in float."""
     index = Index(trunk)
     for node in index.nodes:
+        if node.name.startswith(EPILOGUE):
+            continue
         if node.op_type in {"Softmax", "LayerNormalization"}:
             return "attention"
         if node.op_type == "MatMul" and all(index.constant(name) is None for name in node.input):

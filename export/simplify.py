@@ -47,7 +47,7 @@ class Simplified:
     shapes: dict[str, Shape]  # of every tensor, for a batch of one
     exits: tuple[str, ...]  # outputs that are the model's own exits, in order
     classes: int
-    batchable: bool  # the batch could be opened
+    batchable: bool  # it gives each frame of a batch the answer that it gets alone
 
     def trunk(self) -> ModelProto:
         """The whole model without its own exits."""
@@ -61,18 +61,12 @@ def simplify(source: Source) -> Simplified:
     Raises:
         BundleError: the model is no image classifier, or is built of what ONNX Runtime cannot simplify.
     """
-    model = _supported_opset(copy_of(source.model))
-    _fix_input(model, source)
+    model = with_fixed_input(source)
     for position in range(len(model.graph.output)):
         _drop_softmax(model, position)
-    logging.getLogger("onnxslim").setLevel(logging.ERROR)
-    try:
-        model = onnxslim.slim(onnx.shape_inference.infer_shapes(model))
-    except Exception as error:  # onnxslim raises whatever its passes raise
-        raise BundleError(f"{source.name} cannot be simplified: {str(error).splitlines()[0]}") from error
-    _name_nodes(model)
+    model = slimmed(model, source.name)
     _flatten_outputs(model, source.name)
-    _add_prologue(model, source)
+    add_prologue(model, source)
     rename(model, model.graph.output[-1].name, LOGITS)
     fixed = static_shapes(model)
     shape = fixed.get(LOGITS, ())
@@ -80,14 +74,40 @@ def simplify(source: Source) -> Simplified:
         raise BundleError(
             f"{source.name} gives an output of shape {shape}; Kinflow exports classifiers: (batch, classes)"
         )
-    whole, batchable = _open_batch(model, fixed)
+    whole = open_batch(model, fixed)
     exits = tuple(output.name for output in whole.graph.output[:-1])
     for name in exits:
         if fixed.get(name) != shape:
             raise BundleError(
                 f"the model's own exit {name} gives {fixed.get(name)}, its last {shape}; they must be equal"
             )
-    return Simplified(whole=finish(whole), shapes=fixed, exits=exits, classes=shape[1], batchable=batchable)
+    return Simplified(whole=finish(whole), shapes=fixed, exits=exits, classes=shape[1], batchable=True)
+
+
+def with_fixed_input(source: Source) -> ModelProto:
+    """A copy of the source's model in an opset that is supported, its input of one shape, with a batch of one.
+
+    Raises:
+        BundleError: the opset cannot be converted, or the input has another shape than the source says.
+    """
+    model = _supported_opset(copy_of(source.model))
+    _fix_input(model, source)
+    return model
+
+
+def slimmed(model: ModelProto, name: str) -> ModelProto:
+    """The model with its constants folded and every node named.
+
+    Raises:
+        BundleError: onnxslim fails on it.
+    """
+    logging.getLogger("onnxslim").setLevel(logging.ERROR)
+    try:
+        model = onnxslim.slim(onnx.shape_inference.infer_shapes(model))
+    except Exception as error:  # onnxslim raises whatever its passes raise
+        raise BundleError(f"{name} cannot be simplified: {str(error).splitlines()[0]}") from error
+    _name_nodes(model)
+    return model
 
 
 def _supported_opset(model: ModelProto) -> ModelProto:
@@ -177,8 +197,12 @@ def _flatten_outputs(model: ModelProto, name: str) -> None:
         output.CopyFrom(helper.make_tensor_value_info(output.name, TensorProto.FLOAT, [1, max(shape)]))
 
 
-def _add_prologue(model: ModelProto, source: Source) -> None:
-    """Put pixels → what the network was trained on in front: x * scale + bias per channel, then its layout."""
+def add_prologue(model: ModelProto, source: Source) -> None:
+    """Put pixels → what the network was trained on in front: x * scale + bias per channel, then its layout.
+
+    Raises:
+        BundleError: the network does not take float32.
+    """
     (image,) = model.graph.input
     elem_type = image.type.tensor_type.elem_type
     if elem_type != TensorProto.FLOAT:
@@ -213,7 +237,7 @@ def _add_prologue(model: ModelProto, source: Source) -> None:
     image.CopyFrom(helper.make_tensor_value_info(FRAME, TensorProto.UINT8, shape))
 
 
-def _open_batch(model: ModelProto, shapes: dict[str, Shape]) -> tuple[ModelProto, bool]:
+def open_batch(model: ModelProto, shapes: dict[str, Shape]) -> ModelProto:
     """Make the batch symbolic: constants that hold a batch of one are rewritten to follow the input."""
     opened = copy_of(model)
     index = Index(opened)
@@ -234,7 +258,7 @@ def _open_batch(model: ModelProto, shapes: dict[str, Shape]) -> tuple[ModelProto
         info.type.tensor_type.shape.dim[0].Clear()
         info.type.tensor_type.shape.dim[0].dim_param = "batch"
     del opened.graph.value_info[:]
-    return opened, True
+    return opened
 
 
 def _open_reshape(model: ModelProto, node: NodeProto, shapes: dict[str, Shape]) -> None:
