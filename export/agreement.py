@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from runtime.manifest import Measured
 
 CONFIDENCE = 0.95
+RESAMPLED = 2000
 
 
 def clopper_pearson(hits: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -21,6 +23,37 @@ def clopper_pearson(hits: int, count: int, confidence: float = CONFIDENCE) -> tu
     low = 0.0 if hits == 0 else _solve(lambda p: _at_least(hits, count, p) < tail)
     high = 1.0 if hits == count else _solve(lambda p: 1 - _at_least(hits + 1, count, p) > tail)
     return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Agreement, with its 95 % interval: Clopper and Pearson's where frames agree or do not, else by resampling."""
+
+    share: float
+    low: float
+    high: float
+    n: int  # frames
+
+
+def pooled(marks: NDArray[np.int64]) -> Share:
+    """The agreement of frames whose answers have marks[:, 0] of marks[:, 1] in common: (frames, 2).
+
+    Intervals of parts that are pooled, as boxes are, come from RESAMPLED draws of as many frames with replacement.
+    """
+    same, total = marks[:, 0], marks[:, 1]
+    if (total == 1).all():
+        hits = int(same.sum())
+        low, high = clopper_pearson(hits, len(marks))
+    else:
+        draws = np.random.default_rng(0).integers(0, len(marks), (RESAMPLED, len(marks)))
+        low, high = np.percentile(same[draws].sum(axis=1) / total[draws].sum(axis=1), (2.5, 97.5))
+    return Share(float(same.sum() / total.sum()), float(low), float(high), len(marks))
+
+
+def per_frame(marks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What each frame adds to the agreement of all: (frames,), whose mean is `pooled`'s share."""
+    parts: NDArray[np.float64] = marks[:, 0] / marks[:, 1].mean()
+    return parts
 
 
 def measure(answered: NDArray[np.bool_], agrees: NDArray[np.bool_]) -> Measured:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from export.bench_frames import Whole
 from export.bench_rivals import CAMERA
-from export.bench_rows import Logits, Point, Samples, clock, rival_bytes, summarize, wire_bytes
+from export.bench_rows import Point, Samples, clock, rival_bytes, summarize, wire_bytes
+from export.task import Outputs, open_judge
 from runtime.codec import CODECS, Codecs, ReferenceCodec
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
@@ -50,7 +51,7 @@ VIDEOS = (
 )
 
 
-def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threads: int, track: Track) -> list[Point]:
+def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Outputs, threads: int, track: Track) -> list[Point]:
     """Judge every codec that can code against an earlier frame, at every cut and rate.
 
     Args:
@@ -72,6 +73,7 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
     if not places:
         return []
     samples = {place: Samples() for place in places}
+    judge = open_judge(bundle)
     held: dict[tuple[int, str, int], NDArray[np.int16] | None] = dict.fromkeys(places)
     for number in track(range(len(frames))):
         features = [frames[number]]
@@ -90,7 +92,7 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
             samples[place].sent(len(payload), wire_bytes(bundle, cut, len(payload)))
             assert np.array_equal(sent, levels), "both ends hold the same levels"
             held[place] = levels
-            samples[place].judge(_tail(segments, tensor, cut), logits[number : number + 1])
+            samples[place].judge(judge, _tail(segments, tensor, cut), logits[number : number + 1])
     cuts = bundle.manifest.cuts
     return [
         summarize(
@@ -107,7 +109,7 @@ def judge_stream(bundle: Bundle, frames: Sequence[Tensor], logits: Logits, threa
 
 
 def judge_videos(
-    bundle: Bundle, frames: Sequence[Tensor], logits: Logits, whole: Whole, fps: float, track: Track
+    bundle: Bundle, frames: Sequence[Tensor], logits: Outputs, whole: Whole, fps: float, track: Track
 ) -> list[Point]:
     """Judge video codecs on consecutive frames, through the whole float model.
 
@@ -122,8 +124,9 @@ def judge_videos(
     for place in track(range(len(places))):
         video, rate, crf = places[place]
         samples = Samples()
+        judge = open_judge(bundle)
         for number, pixels in enumerate(_through(video, crf, frames, fps, samples, bundle)):
-            samples.judge(whole.run(pixels), logits[number : number + 1])
+            samples.judge(judge, whole.run(pixels), logits[number : number + 1])
         points.append(
             summarize(samples, way="video", cut=0, after=CAMERA, codec=video.name, rate=rate, parameter=float(crf))
         )
@@ -163,7 +166,7 @@ def _through(
         yield shown.to_ndarray(format="rgb24")[np.newaxis]
 
 
-def _tail(segments: Mapping[int, Segment], tensor: Tensor, cut: int) -> Logits:
+def _tail(segments: Mapping[int, Segment], tensor: Tensor, cut: int) -> Outputs:
     for index in range(cut, len(segments)):
         tensor = segments[index].run(tensor)
     return tensor

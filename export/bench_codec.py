@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.bench_rows import Logits, Point, Samples, clock, summarize, wire_bytes
+from export.bench_rows import Point, Samples, clock, summarize, wire_bytes
+from export.task import Outputs, open_judge
 from runtime.codec import CODECS, Codec, Codecs
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
@@ -52,7 +53,7 @@ class _Run:
                 features[index + 1].append(tensor)
         return features
 
-    def tail(self, tensors: Sequence[Tensor], cut: int) -> Logits:
+    def tail(self, tensors: Sequence[Tensor], cut: int) -> Outputs:
         """Run features from `cut` to the end, in batches that were proved to change no answer."""
         for index in range(cut, len(self.segments)):
             size = self.bundle.manifest.segments[index].max_batch_size
@@ -65,14 +66,14 @@ class _Run:
 
 
 def judge_codecs(
-    bundle: Bundle, frames: Sequence[Tensor], whole: Logits, threads: int, track: Track, *, codecs: bool = True
+    bundle: Bundle, frames: Sequence[Tensor], whole: Outputs, threads: int, track: Track, *, codecs: bool = True
 ) -> Judged:
     """Judge every cut, codec and rate.
 
     Args:
         bundle: to be judged.
         frames: each uint8 (1, height, width, 3); none of them had a say in the bundle.
-        whole: the whole float model's logits (frames, classes).
+        whole: the whole float model's outputs (frames, …).
         threads: for the segments.
         track: wraps the starts of groups of frames, to show how far it is.
         codecs: false to leave them out and only run the segments.
@@ -89,11 +90,12 @@ def judge_codecs(
     ]
     samples = {place: Samples() for place in places}
     ceiling = Samples()
+    judge = open_judge(bundle)
     for start in track(range(0, len(frames), GROUP)):
         features = run.features(frames[start : start + GROUP])
         wanted = whole[start : start + GROUP]
         ends = np.concatenate(features[-1])
-        ceiling.judge(ends, wanted)
+        ceiling.judge(judge, ends, wanted)
         for tensor in features[-1]:
             ceiling.sent(tensor.nbytes, tensor.nbytes)
         for cut, name, rate in places:
@@ -102,7 +104,7 @@ def judge_codecs(
                 _through(codec, tensor, samples[cut, name, rate], bundle, cut, run.clock) for tensor in features[cut]
             ]
             same = all(map(np.array_equal, decoded, features[cut]))  # lossless: the tail would say the same again
-            samples[cut, name, rate].judge(ends if same else run.tail(decoded, cut), wanted)
+            samples[cut, name, rate].judge(judge, ends if same else run.tail(decoded, cut), wanted)
     return Judged(
         points=[_point(bundle, cut, name, rate, samples[cut, name, rate]) for cut, name, rate in places],
         ceiling=summarize(

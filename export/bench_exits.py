@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from export.agreement import clopper_pearson, measure
 from export.atlas import Alone, Atlas, CascadeRow, Sweep
-from export.bench_rows import Logits
 from export.exits_judge import ExitRow, judge_seen, see
 from export.risk import Flags
+from export.task import Outputs, open_judge
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
 from runtime.policy import ExitPolicy
@@ -20,16 +20,16 @@ from runtime.policy import ExitPolicy
 STEPS = 40  # of coverage, in a sweep
 
 
-def judge_exits(bundle: Bundle, made: Atlas, frames: Sequence[Tensor], whole: Logits) -> Atlas:
+def judge_exits(bundle: Bundle, made: Atlas, frames: Sequence[Tensor], whole: Outputs) -> Atlas:
     """Add what the exits do on the judged frames, at every agreement they have thresholds for.
 
     Args:
         bundle: with its exits.
         made: the atlas so far.
         frames: each uint8 (1, height, width, 3).
-        whole: the whole float model's logits (frames, classes).
+        whole: the whole float model's outputs (frames, …).
     """
-    answers = whole.argmax(axis=1)
+    answers = open_judge(bundle).keys(whole)
     seen = see(bundle, np.concatenate(frames))
     rows = judge_seen(bundle, seen, answers)
     words = seen.words(bundle, answers)

@@ -14,14 +14,13 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto
 
-from export.agreement import cosine
-from export.bench_rows import Logits
 from export.bundle import CALIBRATION
 from export.frames import fingerprint
 from export.graph import FRAME
 from export.recipe import open_model
 from export.report import Report
 from export.source import InputOptions
+from export.task import Outputs, open_judge
 from runtime.camera_replay import ReplayCamera
 from runtime.config import CameraConfig
 from runtime.datatypes import Tensor
@@ -31,7 +30,7 @@ from runtime.preprocess import prepare
 from runtime.segment_onnx import session_options
 
 LEAST = 20  # judged frames; fewer say nothing
-LEAST_COSINE = 0.9  # of golden logits; a wrong --mean or other weights lie far below, int8 far above
+LEAST_LIKENESS = 0.75  # of golden outputs; a wrong --mean or other weights lie far below, int8 far above
 LITE0 = "efficientnet-lite0"
 
 
@@ -42,10 +41,10 @@ class Whole:
         self._session = ort.InferenceSession(model.SerializeToString(), session_options(threads))
         self._output: str = self._session.get_outputs()[-1].name
 
-    def run(self, frame: Tensor) -> Logits:
-        """Map a frame (1, height, width, 3) to its logits (1, classes)."""
-        (logits,) = self._session.run([self._output], {FRAME: frame})
-        return logits  # type: ignore[no-any-return]
+    def run(self, frame: Tensor) -> Outputs:
+        """Map a frame (1, height, width, 3) to its output (1, …)."""
+        (output,) = self._session.run([self._output], {FRAME: frame})
+        return output  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ def _check_same(bundle: Bundle, whole: Whole, model: str) -> None:
     with np.load(bundle.file(bundle.manifest.golden), allow_pickle=False) as golden:
         frames, expected = golden["frames"], golden[f"cut_{len(bundle.manifest.segments)}"]
     found = np.concatenate([whole.run(frame[np.newaxis]) for frame in frames])
-    if found.shape != expected.shape or not cosine(found, expected) >= LEAST_COSINE:
+    if found.shape != expected.shape or not open_judge(bundle).like(found, expected) >= LEAST_LIKENESS:
         raise BundleError(
             f"{model} answers the bundle's golden frames otherwise than the bundle does; "
             "give the same --mean, --std, --scale, --bgr and --size as to kinflow export"

@@ -17,9 +17,10 @@ from export.bench_codec import Judged, judge_codecs
 from export.bench_exits import judge_exits
 from export.bench_frames import Judges, Whole, clip_fps, open_whole, read_clip, read_judges
 from export.bench_rivals import judge_rivals, missing
-from export.bench_rows import Logits, Point
+from export.bench_rows import Point
 from export.report import Report
 from export.source import InputOptions
+from export.task import Outputs
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
 
@@ -126,7 +127,7 @@ def judge(
     return made
 
 
-def run_whole(whole: Whole, frames: Sequence[Tensor], track: Callable[[Sequence[int]], Iterable[int]]) -> Logits:
+def run_whole(whole: Whole, frames: Sequence[Tensor], track: Callable[[Sequence[int]], Iterable[int]]) -> Outputs:
     """The whole float model's logits, (frames, classes)."""
     return np.concatenate([whole.run(frames[number]) for number in track(range(len(frames)))])
 

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from export.bench_frames import Whole
-from export.bench_rows import Logits, Point, Samples, clock, rival_bytes, summarize
+from export.bench_rows import Point, Samples, clock, rival_bytes, summarize
+from export.task import Outputs, open_judge
 from runtime.datatypes import Pixels, Tensor
 from runtime.manifest import Bundle
 
@@ -60,7 +61,7 @@ SHRUNK = (5 / 7, 4 / 7)  # of the model's input: 160 and 128 px of 224
 def judge_rivals(
     bundle: Bundle,
     frames: Sequence[Tensor],
-    logits: Logits,
+    logits: Outputs,
     whole: Whole,
     track: Callable[[Sequence[int]], Iterable[int]],
     *,
@@ -79,10 +80,11 @@ def judge_rivals(
     height, width = bundle.manifest.preprocess.height, bundle.manifest.preprocess.width
     places = _places(min(height, width), quick=quick)
     samples = [Samples() for _ in places]
+    judge = open_judge(bundle)
     for number in track(range(len(frames))):
         for (rival, _, quality, size), sample in zip(places, samples, strict=True):
             pixels = _through(rival, quality, size, frames[number][0], sample, bundle)
-            sample.judge(whole.run(pixels[np.newaxis]), logits[number : number + 1])
+            sample.judge(judge, whole.run(pixels[np.newaxis]), logits[number : number + 1])
     return [
         summarize(
             sample,

@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from export.agreement import clopper_pearson
+from export.agreement import per_frame, pooled
 from export.atlas_curves import Curve
+from export.task import Judge, Marks, Outputs
 from runtime.manifest import Bundle
 from runtime.packet import HEADER
 from runtime.topics import Subtree, publish_bytes
 
-Logits = NDArray[np.float32]
 Way = Literal["features", "stream", "picture", "video"]
 
 
@@ -39,7 +39,7 @@ class CodecRow(msgspec.Struct, frozen=True, kw_only=True):
     low: float
     high: float
     n: int
-    kl_mean: float  # KL(whole || split) in nats
+    kl_mean: float  # KL(whole || split) in nats; for boxes the mean of 1 - F1
     kl_p50: float
     encode_ms: float | None = None  # medians; the processor's time when there is one thread, see `clock`
     decode_ms: float | None = None
@@ -61,8 +61,8 @@ class Samples:
 
     payload_bytes: list[int] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
-    agrees: list[bool] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
+    marks: list[Marks] = field(default_factory=list)
+    divergence: list[NDArray[np.float64]] = field(default_factory=list)
     encode_ms: list[float] = field(default_factory=list)
     decode_ms: list[float] = field(default_factory=list)
 
@@ -71,10 +71,10 @@ class Samples:
         self.payload_bytes.append(payload_bytes)
         self.wire_bytes.append(wire_bytes)
 
-    def judge(self, logits: Logits, whole: Logits) -> None:
-        """The next frames became `logits`, which the whole float model answers by `whole`; both (frames, classes)."""
-        self.agrees.extend((logits.argmax(axis=1) == whole.argmax(axis=1)).tolist())
-        self.kl.extend(kl(whole, logits).tolist())
+    def judge(self, judge: Judge, said: Outputs, whole: Outputs) -> None:
+        """The next frames became `said`, which the whole float model answers by `whole`; both (frames, …)."""
+        self.marks.append(judge.marks(said, whole))
+        self.divergence.append(judge.divergence(whole, said))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,14 @@ class Point:
 
     row: CodecRow
     wire_bytes: NDArray[np.float64]  # (frames,)
-    agrees: NDArray[np.float64]  # (frames,), 0 or 1
-    kl: NDArray[np.float64]  # (frames,) nats
+    agrees: NDArray[np.float64]  # (frames,), 0 or 1; for boxes what each frame adds to the agreement of all
+    kl: NDArray[np.float64]  # (frames,) nats; for boxes 1 - F1 of the frame
 
 
 def summarize(samples: Samples, **place: object) -> Point:
     """Sum up one rate; `place` are the fields of CodecRow that say what was measured."""
-    agrees, divergence = np.array(samples.agrees, np.float64), np.array(samples.kl, np.float64)
-    low, high = clopper_pearson(int(agrees.sum()), agrees.size)
+    marks, divergence = np.concatenate(samples.marks), np.concatenate(samples.divergence)
+    found = pooled(marks)
     row = msgspec.convert(
         {
             **place,
@@ -98,10 +98,10 @@ def summarize(samples: Samples, **place: object) -> Point:
             "bytes_p95": _percentile(samples.wire_bytes, 95),
             "bytes_mean": round(float(np.mean(samples.wire_bytes)), 1),
             "payload_bytes_p50": _percentile(samples.payload_bytes, 50),
-            "agreement": round(float(agrees.mean()), 6),
-            "low": round(low, 6),
-            "high": round(high, 6),
-            "n": int(agrees.size),
+            "agreement": round(found.share, 6),
+            "low": round(found.low, 6),
+            "high": round(found.high, 6),
+            "n": found.n,
             "kl_mean": round(float(divergence.mean()), 6),
             "kl_p50": round(float(np.median(divergence)), 6),
             "encode_ms": _median(samples.encode_ms),
@@ -109,14 +109,7 @@ def summarize(samples: Samples, **place: object) -> Point:
         },
         CodecRow,
     )
-    return Point(row, np.array(samples.wire_bytes, np.float64), agrees, divergence)
-
-
-def kl(whole: Logits, other: Logits) -> NDArray[np.float64]:
-    """KL(whole || other) of the softmax of two sets of logits (frames, classes): (frames,) nats, never below 0."""
-    left, right = _log_softmax(whole), _log_softmax(other)
-    divergence: NDArray[np.float64] = np.maximum((np.exp(left) * (left - right)).sum(axis=1), 0.0)
-    return divergence
+    return Point(row, np.array(samples.wire_bytes, np.float64), per_frame(marks), divergence)
 
 
 def curves(points: Sequence[Point], *, by_kl: bool = False) -> dict[tuple[Way, int, str, int | None], Curve]:
@@ -147,13 +140,6 @@ def wire_bytes(bundle: Bundle, cut: int, payload_bytes: int) -> int:
 def rival_bytes(bundle: Bundle, payload_bytes: int) -> int:
     """What a picture costs on the same topic, without the packet's header, which is ours."""
     return publish_bytes(Subtree("home", "d", "device").request(bundle.key8, 0), payload_bytes)
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
 
 
 def _percentile(sizes: list[int], percent: float) -> int:

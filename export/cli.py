@@ -84,11 +84,10 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
 @click.option("--target", type=click.Choice(list(TARGETS)), default="x86-vnni", show_default=True, help=TARGET_HELP)
 @click.option("--float", "as_float", is_flag=True, help="Do not quantize.")
 @click.option(
-    "--min-cosine",
+    "--min-likeness",
     type=click.FloatRange(-1, 1),
-    default=0.98,
-    show_default=True,
-    help="Least mean cosine between the logits of the int8 and the float model; below it no bundle is written.",
+    help="Below it no bundle is written: of a classifier the mean cosine between the logits of the int8 and the float "
+    "model (default .98), of a detector the F1 of their boxes (.8).",
 )
 @click.option("--max-frames", type=click.IntRange(20), default=2000, show_default=True, help="Use at most so many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle that parts photos.")
@@ -112,7 +111,7 @@ def export_command(
     labels: Path | None,
     target: str,
     as_float: bool,
-    min_cosine: float,
+    min_likeness: float | None,
     max_frames: int,
     seed: int,
     name: str | None,
@@ -160,7 +159,7 @@ def export_command(
         heads=heads,
         labels=labels,
         target=None if as_float else target,
-        min_cosine=min_cosine,
+        min_likeness=min_likeness,
         max_frames=max_frames,
         seed=seed,
         name=name,

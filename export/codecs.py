@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import transform_model
-from export.agreement import clopper_pearson
+from export.agreement import Share, pooled
 from export.codec_tables import centroids_of, make_tables
 from export.cuts import Cut
 from export.frames import COPIES, FrameSet, copies
@@ -27,6 +27,7 @@ from export.refine import refine
 from export.report import Report
 from export.sensitivity import Tail, sensitivity
 from export.slicing import on_wire
+from export.task import Judge, Outputs, open_judge
 from export.torch_graph import UnknownOperatorError
 from export.transform import Array, Transform, fit, layout_of
 from export.wires import Wire
@@ -49,8 +50,6 @@ MAX_COPIES_BATCH = 8
 SAMPLES_PER_CHANNEL = 4
 MOST_FRAMES = 300  # of each role; more would only take longer
 
-Logits = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -62,14 +61,13 @@ class _Place:
     segments: Sequence[Segment]  # behind it
     features: Sequence[Tensor]  # of the calibration frames, as they travel
     looks: Sequence[Tensor]  # of other looks at the fit frames
-    logits: Logits  # (frames, classes) of the whole float model
+    outputs: Outputs  # of the whole float model for the frames
+    judge: Judge
     held: NDArray[np.bool_]  # (frames,): those that refinement is judged on
 
-    @property
-    def answers(self) -> NDArray[np.int64]:
-        """The whole float model's: (frames,)."""
-        said: NDArray[np.int64] = self.logits.argmax(axis=1)
-        return said
+    def kept(self, said: Sequence[Tensor], every: int = 1) -> float:
+        """The agreement of what the segments said of every so many frames."""
+        return pooled(self.judge.marks(np.concatenate(said), self.outputs[::every])).share
 
     @property
     def thinned(self) -> int:
@@ -83,13 +81,14 @@ def fit_codecs(
     wires: Sequence[Wire | None],
     bundle: Bundle,
     frames: FrameSet,
-    floating: Logits,
+    floating: Outputs,
     recipe: Recipe,
     report: Report,
 ) -> tuple[CutSpec, ...]:
     """Fit the transform codec of every cut and write its files into the bundle; every cut with what it can use."""
     rows = np.concatenate([_spread(frames.roles[role]) for role in ("fit", "threshold")])
     held = np.isin(rows, frames.roles["threshold"])
+    judge = open_judge(bundle)
     segments, _ = load_segments(bundle, 0, len(chosen))
     tensors: list[Tensor] = [frames.pixels[row : row + 1] for row in rows]
     looks = _looks(frames, max(on_wire(cut.shape)[-1] for cut in chosen), recipe.seed) if chosen else []
@@ -98,7 +97,7 @@ def fit_codecs(
         tensors, looks = ([segments[number - 1].run(tensor) for tensor in each] for each in (tensors, looks))
         behind = [segments[index] for index in range(number, len(chosen) + 1)]
         spec = _plain(bundle.manifest.cuts[number], first=False)
-        place = _Place(cut, wire, spec.shape, behind, tensors, looks, floating[rows], held)
+        place = _Place(cut, wire, spec.shape, behind, tensors, looks, floating[rows], judge, held)
         made = _fit_one(place, opened, bundle, number, recipe, report)
         specs.append(msgspec.structs.replace(spec, codecs=(*spec.codecs, made)))
     return (*specs, bundle.manifest.cuts[-1])
@@ -177,7 +176,7 @@ def _refined(
     transform: Transform, tail: Tail, features: Array, place: _Place, recipe: Recipe, report: Report
 ) -> Transform:
     """The transform after as many minutes of distillation as the recipe gives, if that made it better."""
-    logits, held = place.logits[:: place.thinned], place.held[:: place.thinned]
+    logits, held = place.outputs[:: place.thinned], place.held[:: place.thinned]
     step = _unit(transform.analyse(features[:1]))
     try:
         made = refine(
@@ -215,17 +214,17 @@ def _choose_steps(
 ) -> NDArray[np.float64]:
     """The step of every rate, coarsest first: (rates,)."""
     session = ort.InferenceSession(decoder.SerializeToString(), session_options(1))
-    ceiling = np.mean([_answer(place.segments, features) for features in place.features] == place.answers)
+    ceiling = place.kept([_output(place.segments, features) for features in place.features])
     tried = _unit(coefficients) * np.array(TRIED)
     kept = []
     for step in report.track(list(tried), "rates"):
         levels = np.clip(np.rint(coefficients / np.float32(step)), -MAX_LEVEL, MAX_LEVEL)
         restored = values_of(levels, float(step), centroids_of(coefficients, float(step)))
         said = [
-            _answer(place.segments, session.run(None, {transform_model.COEFFICIENTS: row[np.newaxis]})[0])
+            _output(place.segments, session.run(None, {transform_model.COEFFICIENTS: row[np.newaxis]})[0])
             for row in restored
         ]
-        kept.append(float(np.mean(said == place.answers[:: place.thinned])))
+        kept.append(place.kept(said, place.thinned))
     return crossings(tried, np.array(kept), float(ceiling), len(coefficients), AGREEMENTS)
 
 
@@ -265,18 +264,18 @@ def crossings(
 
 
 def measure_codecs(
-    bundle: Bundle, features: Sequence[Sequence[Tensor]], floating: Logits, report: Report
+    bundle: Bundle, features: Sequence[Sequence[Tensor]], floating: Outputs, report: Report
 ) -> tuple[CutSpec, ...]:
     """Every cut with the bytes of its codecs, and the agreement of the lossy ones, on the judge frames.
 
     Args:
         bundle: with its codecs fitted.
         features: by cut, from the frame to the logits, each (1, …), of the judge frames.
-        floating: the whole float model's logits of the same frames.
+        floating: the whole float model's outputs of the same frames.
     """
     codecs = Codecs(bundle)
     segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
-    answers = floating.argmax(axis=1)
+    judge = open_judge(bundle)
     cuts: list[CutSpec] = []
     for number, cut in enumerate(bundle.manifest.cuts):
         behind = [segments[index] for index in range(number, len(segments))]
@@ -288,8 +287,8 @@ def measure_codecs(
                 payloads = [codec.encode(tensor) for tensor in features[number]]
                 known = _sizes(spec.rates[rate], payloads)
                 if spec.name != "raw":
-                    said = [_answer(behind, codec.decode(payload)) for payload in payloads]
-                    known = _agreeing(known, int((np.array(said) == answers).sum()), len(said))
+                    said = [_output(behind, codec.decode(payload)) for payload in payloads]
+                    known = _agreeing(known, pooled(judge.marks(np.concatenate(said), floating)))
                 rates.append(known)
             measured.append(msgspec.structs.replace(spec, rates=tuple(rates)))
         cuts.append(msgspec.structs.replace(cut, codecs=tuple(measured)))
@@ -304,10 +303,10 @@ def _plain(cut: CutSpec, *, first: bool) -> CutSpec:
     return msgspec.structs.replace(cut, codecs=tuple(codecs))
 
 
-def _answer(segments: Iterable[Segment], tensor: Tensor) -> int:
+def _output(segments: Iterable[Segment], tensor: Tensor) -> Tensor:
     for segment in segments:
         tensor = segment.run(tensor)
-    return int(tensor[0].argmax())
+    return tensor
 
 
 def _sizes(rate: RateSpec, payloads: Sequence[bytes]) -> RateSpec:
@@ -316,8 +315,11 @@ def _sizes(rate: RateSpec, payloads: Sequence[bytes]) -> RateSpec:
     return msgspec.structs.replace(rate, **at)
 
 
-def _agreeing(rate: RateSpec, hits: int, count: int) -> RateSpec:
-    low, high = clopper_pearson(hits, count)
+def _agreeing(rate: RateSpec, found: Share) -> RateSpec:
     return msgspec.structs.replace(
-        rate, agreement=round(hits / count, 6), agreement_low=round(low, 6), agreement_high=round(high, 6), n=count
+        rate,
+        agreement=round(found.share, 6),
+        agreement_low=round(found.low, 6),
+        agreement_high=round(found.high, 6),
+        n=found.n,
     )

@@ -6,19 +6,22 @@ runtime's own policy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.agreement import clopper_pearson
 from export.risk import Flags, Words
+from export.task import Outputs, open_judge
 from runtime.datatypes import ExitOutput, Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, Measured
-from runtime.policy import ExitPolicy, classify
+from runtime.policy import ExitPolicy
 from runtime.segment import load_segments
+from runtime.task import open_task
 
 CLOSE = 1e-4  # confidences of a frame alone and in a batch
 BINS = 10  # of the histogram of confidences, all equally wide
@@ -29,8 +32,8 @@ class Seen:
     """What every exit says of every frame, asked or not; arrays are (exits, frames), the model's own exit last."""
 
     cuts: tuple[int, ...]
-    answers: NDArray[np.int64]  # class index
-    confidence: NDArray[np.float64]
+    answers: NDArray[np.int64]  # keys, as the task tells answers apart
+    confidence: NDArray[np.float64]  # as `sureness`
     distance: NDArray[np.float64]  # NaN where the exit has no guard
 
     def words(self, bundle: Bundle, float_answers: NDArray[np.int64]) -> Words:
@@ -42,7 +45,10 @@ class Seen:
         ]
         shape = (len(limits), len(float_answers))
         return Words(
-            self.confidence[:-1], self.answers[:-1] == float_answers, np.array(within, np.bool_).reshape(shape)
+            self.confidence[:-1],
+            self.answers[:-1] == float_answers,
+            np.array(within, np.bool_).reshape(shape),
+            open_judge(bundle).owed(float_answers),
         )
 
 
@@ -83,19 +89,17 @@ class ExitRow:
         )
 
 
-def judge(
-    bundle: Bundle, frames: Tensor, float_logits: NDArray[np.float32], labels: NDArray[np.int64] | None = None
-) -> list[ExitRow]:
+def judge(bundle: Bundle, frames: Tensor, floating: Outputs, labels: NDArray[np.int64] | None = None) -> list[ExitRow]:
     """Judge every exit at every agreement of the bundle's table; rows by rising agreement, then by cut.
 
     Args:
         frames: uint8 (frames, height, width, 3) as the model sees them.
-        float_logits: the whole float model's (frames, classes).
+        floating: the whole float model's outputs (frames, …).
         labels: the true class index of each frame (frames,), where it is known.
 
     The last exit's row of each agreement says what the frames that no early exit answered got.
     """
-    return judge_seen(bundle, see(bundle, frames), float_logits.argmax(axis=1), labels)
+    return judge_seen(bundle, see(bundle, frames), open_judge(bundle).keys(floating), labels)
 
 
 def see(bundle: Bundle, frames: Tensor, *, batch: int | None = None) -> Seen:
@@ -105,6 +109,7 @@ def see(bundle: Bundle, frames: Tensor, *, batch: int | None = None) -> Seen:
     """
     specs, segment_specs = bundle.manifest.exits, bundle.manifest.segments
     segments, heads = load_segments(bundle, 0, len(segment_specs) - 1)
+    task = open_task(bundle)
     size = batch or min(spec.max_batch_size for spec in segment_specs)
     said: dict[int, list[ExitOutput]] = {spec.cut: [] for spec in specs}
     for start in range(0, len(frames), size):
@@ -118,14 +123,20 @@ def see(bundle: Bundle, frames: Tensor, *, batch: int | None = None) -> Seen:
             if len(logits) != len(frames[start : start + size]):
                 raise BundleError(f"{spec.file} gives {len(logits)} answers for a batch of {size}")
             for row, place in zip(logits, range(len(logits)), strict=True):
-                said[spec.cut].append(classify(row, spec, None if distances is None else float(distances[place])))
+                distance = None if distances is None else float(distances[place])
+                said[spec.cut].append(replace(task.read(row, spec), distance=distance))
     columns = [said[spec.cut] for spec in specs]
     return Seen(
         tuple(spec.cut for spec in specs),
-        np.array([[output.label_index for output in column] for column in columns], np.int64),
-        np.array([[output.confidence for output in column] for column in columns], np.float64),
+        np.array([[task.key(output.answer) for output in column] for column in columns], np.int64),
+        np.array([[sureness(output) for output in column] for column in columns], np.float64),
         np.array([[output.distance for output in column] for column in columns], np.float64),  # None becomes NaN
     )
+
+
+def sureness(output: ExitOutput) -> float:
+    """What thresholds see of an exit's word: its confidence, and less than any threshold where it is only partial."""
+    return -math.inf if output.partial else output.confidence
 
 
 def judge_seen(
@@ -190,7 +201,7 @@ def _share(hits: Flags) -> tuple[float | None, float | None, float | None]:
 
 
 def _histogram(confidence: NDArray[np.float64], agrees: Flags) -> tuple[tuple[int, int], ...]:
-    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    places = np.minimum((np.maximum(confidence, 0.0) * BINS).astype(int), BINS - 1)
     return tuple((int((places == step).sum()), int(agrees[places == step].sum())) for step in range(BINS))
 
 

@@ -30,11 +30,12 @@ from export.graph import FRAME, LOGITS, write
 from export.recipe import Recipe
 from export.report import Report
 from export.risk import CONFIDENCE, Words, choose, frames_wanted, independent_share, loosest
+from export.task import Outputs, open_judge
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, ExitSpec, OperatingPoint
-from runtime.policy import classify
 from runtime.segment import load_segments
 from runtime.segment_onnx import session_options
+from runtime.task import open_task
 
 TABLE = (0.9, 0.95, 0.98, 0.99)  # agreements that every bundle has thresholds for, beside the user's
 OBSERVED = 16  # frames at once, where the graphs take them
@@ -51,6 +52,7 @@ class Fitted:
     confidence: NDArray[np.float64]  # (fit frames,)
     agrees: NDArray[np.bool_]
     within: NDArray[np.bool_]
+    owed: int | None  # fit frames that its promise is about; None: those that it answers
 
 
 def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, report: Report) -> list[Fitted]:
@@ -58,7 +60,7 @@ def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, re
     candidates = [candidates_at(trunk, place, frames, recipe) for place in range(len(trunk.chosen))]
     statistics = [Candidate("guard", statistics_front(*trunk.at(place))) for place in range(len(trunk.chosen))]
     fronts = [[*heads, guard] for heads, guard in zip(candidates, statistics, strict=True)]
-    count, logits = _observe(trunk, bundle, frames, fronts, recipe, report)
+    count, outputs = _observe(trunk, bundle, frames, fronts, recipe, report)
     groups = np.repeat(frames.groups[frames.roles["fit"]], count)
     damaged = _damage(trunk, bundle, frames, [guard.front for guard in statistics], recipe, report)
     fitted = []
@@ -71,25 +73,25 @@ def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, re
         plain = distances[:: min(count, FEW_COPIES)]
         limit = distance_limit(plain)
         best = max(
-            (_fit(candidate, logits, groups, count, place + 1, recipe) for candidate in candidates[place]),
+            (_fit(candidate, outputs, groups, count, place + 1, bundle, recipe) for candidate in candidates[place]),
             key=lambda made: _value(made, cut, trunk.opened.macs, recipe.agreement),
         )
         model = guarded(best.model, guard, *trunk.at(place))
         write(model, bundle.path / exit_file(place + 1))
         report.note(f"exit {place + 1}: {best.spec.kind}, {best.spec.macs / max(1, trunk.opened.macs):.2%} of the MACs")
         spec = msgspec.structs.replace(best.spec, distance_limit=limit, macs=head_macs(model))
-        fitted.append(Fitted(spec, model, best.confidence, best.agrees, plain <= limit))
+        fitted.append(Fitted(spec, model, best.confidence, best.agrees, plain <= limit, best.owed))
     return fitted
 
 
 def choose_points(
-    fitted: Sequence[Fitted], trunk: Trunk, bundle: Bundle, frames: FrameSet, answers: NDArray[np.int64], recipe: Recipe
+    fitted: Sequence[Fitted], trunk: Trunk, bundle: Bundle, frames: FrameSet, floating: Outputs, recipe: Recipe
 ) -> tuple[list[ExitSpec], list[str]]:
     """Test thresholds for every agreement of the table on the threshold frames.
 
     Args:
         bundle: with the fitted heads, so that what is tested is what will run.
-        answers: the whole float model's class index for every frame.
+        floating: the whole float model's outputs for every frame.
 
     Returns:
         The exits, and a sentence for each that will never answer at the wanted agreement.
@@ -98,12 +100,15 @@ def choose_points(
         return [], []
     rows = frames.roles["threshold"]
     batch = exits_judge.largest_batch(bundle, frames.pixels[rows][:OBSERVED])
-    tested = exits_judge.see(bundle, frames.pixels[rows], batch=batch).words(bundle, answers[rows])
+    judge = open_judge(bundle)
+    wanted = judge.keys(floating[rows])
+    tested = exits_judge.see(bundle, frames.pixels[rows], batch=batch).words(bundle, wanted)
     tested = replace(tested, share=_share(fitted, frames))
     pilot = Words(
         np.array([made.confidence for made in fitted]),
         np.array([made.agrees for made in fitted]),
         np.array([made.within for made in fitted]),
+        judge.owed(judge.keys(floating[frames.roles["fit"]])),
     )
     worth = [trunk.opened.macs - cut.macs for cut in trunk.chosen]
     table = sorted({*TABLE, recipe.agreement})
@@ -174,7 +179,7 @@ def _observe(
     """Give every front the features of the fit frames and their copies, as the segments make them.
 
     Returns:
-        How many there are of each frame, itself first, and the whole float model's logits (frames and copies, classes).
+        How many there are of each frame, itself first, and the whole float model's outputs (frames and copies, …).
     """
     generator = np.random.default_rng(recipe.seed)
     fit = frames.of("fit")
@@ -187,17 +192,17 @@ def _observe(
     sessions = [
         [ort.InferenceSession(candidate.front.SerializeToString(), options) for candidate in heads] for heads in fronts
     ]
-    logits: list[Tensor] = []
+    outputs: list[Tensor] = []
     varied = (copy for frame in report.track(fit, "fit") for copy in islice(copies(frame, generator), count))
     while group := list(islice(varied, batch)):
         tensor = np.concatenate(group)
-        logits.append(whole.run([LOGITS], {FRAME: tensor})[0])
+        outputs.append(whole.run([LOGITS], {FRAME: tensor})[0])
         for place, (heads, runs) in enumerate(zip(fronts, sessions, strict=True)):
             tensor = segments[place].run(tensor)
             for candidate, session in zip(heads, runs, strict=True):
                 output = None if candidate.own else [ROW]
                 candidate.rows.append(session.run(output, {FEATURES: tensor})[0])
-    return count, np.concatenate(logits)
+    return count, np.concatenate(outputs)
 
 
 def _damage(
@@ -221,19 +226,21 @@ def _damage(
 
 def _fit(
     candidate: Candidate,
-    logits: NDArray[np.float32],
+    outputs: Outputs,
     groups: NDArray[np.int64],
     count: int,
     cut: int,
+    bundle: Bundle,
     recipe: Recipe,
 ) -> Fitted:
     rows = np.concatenate(candidate.rows)
+    judge, task = open_judge(bundle), open_task(bundle)
     if candidate.own:
         said, model = rows[::count], candidate.front
     else:
-        head = fit_head(rows, logits, groups)
+        head = fit_head(rows, judge.head_logits(outputs), groups)
         said, model = head.held_out[::count], head_model(candidate.front, head, f"exit{cut}")
-    answers = logits[::count].argmax(axis=1)
+    answers = judge.keys(outputs[::count])
     spec = ExitSpec(
         cut=cut,
         file=exit_file(cut),
@@ -243,13 +250,15 @@ def _fit(
         kind=candidate.kind,
         macs=head_macs(model),
     )
-    outputs = [classify(row, spec) for row in said]
+    words = [task.read(row, spec) for row in said]
+    owed = judge.owed(answers)
     return Fitted(
         spec,
         model,
-        np.array([output.confidence for output in outputs]),
-        np.array([output.label_index for output in outputs]) == answers,
+        np.array([exits_judge.sureness(output) for output in words]),
+        np.array([task.key(output.answer) for output in words]) == answers,
         np.ones(len(answers), np.bool_),
+        None if owed is None else int(owed.sum()),
     )
 
 
@@ -257,7 +266,7 @@ def _value(made: Fitted, cut: Cut, total: int, agreement: float) -> tuple[float,
     """What a head saves of a frame's multiply-accumulates, its own taken off, over the table; then how often right."""
     saved = 0.0
     for wanted in {*TABLE, agreement}:
-        threshold = loosest(made.confidence, made.agrees, 1 - wanted)
+        threshold = loosest(made.confidence, made.agrees, 1 - wanted, made.owed)
         coverage = 0.0 if threshold is None else float((made.confidence >= threshold).mean())
         saved += max(0.0, coverage * (total - cut.macs) - made.spec.macs)
     return saved, float(made.agrees.mean())

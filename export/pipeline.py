@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export import prove, timing
-from export.agreement import clopper_pearson
+from export.agreement import pooled
 from export.atlas_stage import write_atlas
 from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, staging, write_arrays
 from export.codecs import fit_codecs, measure_codecs
@@ -28,6 +28,7 @@ from export.quantize import RECIPES, Quantized, quantize
 from export.recipe import Opened, Recipe, choose_cuts, open_model
 from export.report import Report
 from export.slicing import Chain, slice_float, slice_quantized
+from export.task import open_judge
 from export.variants import add_variants, times_ms
 from export.wires import channel_ranges
 from runtime.manifest import Bundle, SegmentSpec, load, save, verify_files
@@ -120,7 +121,7 @@ def _assemble(
     report.stage("choose thresholds")
     last = last_exit(len(chosen) + 1)
     bundle = _with(bundle, exits=(*(made.spec for made in fitted), last), files=list_files(scratch))
-    specs, notes = choose_points(fitted, trunk, bundle, frames, floating.argmax(axis=1), recipe)
+    specs, notes = choose_points(fitted, trunk, bundle, frames, floating, recipe)
     for note in notes:
         report.note(note)
     bundle = _with(bundle, exits=(*specs, last))
@@ -150,16 +151,16 @@ def _prove(
     proof = {"judge_frames": float(len(judge))}
     proof["parity_max_difference"] = prove.check_parity(composed, whole, exact=exact)
     proof["parity_bit_identical_ratio"] = float(np.mean((composed == whole).all(axis=1)))
-    proof["logit_cosine"] = round(prove.check_meaning(whole, reference, recipe.min_cosine), 6)
-    hits = int((whole.argmax(axis=1) == reference.argmax(axis=1)).sum())
-    low, high = clopper_pearson(hits, len(judge))
-    proof["whole_agreement"] = round(hits / len(judge), 6)
-    proof["whole_agreement_low"], proof["whole_agreement_high"] = round(low, 6), round(high, 6)
+    judging = open_judge(bundle)
+    proof[judging.proof] = round(prove.check_meaning(judging, whole, reference, recipe.min_likeness), 6)
+    share = pooled(judging.marks(whole, reference))
+    proof["whole_agreement"] = round(share.share, 6)
+    proof["whole_agreement_low"], proof["whole_agreement_high"] = round(share.low, 6), round(share.high, 6)
     truth = None if labels is None else labels[frames.roles["judge"]]
     if truth is not None:
         for name, logits in (("float", reference), ("whole", whole)):
-            share, low, high = accuracy(logits.argmax(axis=1), truth)
-            proof |= {f"{name}_accuracy": round(share, 6), f"{name}_accuracy_low": round(low, 6)}
+            right, low, high = accuracy(judging.keys(logits), truth)
+            proof |= {f"{name}_accuracy": round(right, 6), f"{name}_accuracy_low": round(low, 6)}
             proof[f"{name}_accuracy_high"] = round(high, 6)
     specs = prove.judge_exits(bundle, np.concatenate(judge), reference, truth)
     cuts = measure_codecs(bundle, seen.features, reference, report)

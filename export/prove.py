@@ -16,15 +16,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export.agreement import cosine, measure
+from export.agreement import measure
 from export.exits_judge import accuracy, judge_seen, see
 from export.graph import FRAME
+from export.task import Judge, Outputs, open_judge
 from runtime import cascade
 from runtime.codec import RawCodec
 from runtime.datatypes import Features, Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, ExitSpec
-from runtime.policy import ExitPolicy, classify
+from runtime.policy import ExitPolicy
 from runtime.segment import Head, Segment, load_segments
 from runtime.segment_onnx import session_options
 
@@ -67,8 +68,8 @@ def replay(bundle: Bundle, frames: Sequence[Tensor]) -> Replayed:
             (outcome,) = cascade.run([Features(tier.first, tensor)], tier, policy)
             if outcome.features is None:
                 tensor = tier.segments[tier.first].run(tensor)
-                said = classify(tensor[0], manifest.exits[-1])
-                if outcome.answer is None or outcome.answer.label_index != said.label_index:
+                said = tier.task.read(tensor[0], manifest.exits[-1])
+                if outcome.answer is None or outcome.answer.answer != said.answer:
                     raise BundleError("the cascade's answer is not that of its last segment; report this as a defect")
             else:
                 tensor = outcome.features.tensor
@@ -97,17 +98,18 @@ def check_parity(composed: NDArray[np.float32], whole: NDArray[np.float32], *, e
     return relative
 
 
-def check_meaning(quantized: NDArray[np.float32], floating: NDArray[np.float32], least: float) -> float:
-    """Compare the quantized model's logits with the float model's; their mean cosine.
+def check_meaning(judge: Judge, quantized: Outputs, floating: Outputs, least: float | None) -> float:
+    """Compare the quantized model's outputs with the float model's; how alike they are.
 
     Raises:
-        BundleError: it is below `least`.
+        BundleError: less than `least`, or than the task allows.
     """
-    value = cosine(quantized, floating)
+    value = judge.like(quantized, floating)
+    least = judge.least_likeness if least is None else least
     if not value >= least:
         raise BundleError(
-            f"the quantized model's logits have a mean cosine of {value:.6f} with the float model's, below {least:g}; "
-            "give more frames like those the model was made for, add --float, or lower --min-cosine"
+            f"the quantized model is unlike the float model: {judge.likeness} {value:.6f}, below {least:g}; "
+            "give more frames like those the model was made for, add --float, or lower --min-likeness"
         )
     return value
 
@@ -116,7 +118,7 @@ def judge_exits(
     bundle: Bundle, frames: Tensor, floating: NDArray[np.float32], labels: NDArray[np.int64] | None
 ) -> tuple[ExitSpec, ...]:
     """Every exit with what it does in the cascade at every agreement of its table; the last: alone, on all frames."""
-    answers = floating.argmax(axis=1)
+    answers = open_judge(bundle).keys(floating)
     seen = see(bundle, frames, batch=1)
     rows = {(row.target, row.cut): row.measured() for row in judge_seen(bundle, seen, answers, labels)}
     *early, last = bundle.manifest.exits
@@ -139,7 +141,8 @@ def judge_cascade(bundle: Bundle, frames: Sequence[Tensor], floating: NDArray[np
     tier = cascade.Tier(bundle, segments, heads)
     outcomes = [cascade.run([Features(0, frame)], tier, ExitPolicy.of(bundle))[0] for frame in frames]
     said = [outcome.answer for outcome in outcomes if outcome.answer is not None]
-    agrees = [output.label_index == answer for output, answer in zip(said, floating.argmax(axis=1), strict=True)]
+    wanted = open_judge(bundle).keys(floating)
+    agrees = [tier.task.key(output.answer) == key for output, key in zip(said, wanted, strict=True)]
     proof = {"cascade_agreement": round(float(np.mean(agrees)), 6)}
     for spec in bundle.manifest.exits:
         share = float(np.mean([output.exit == spec.cut for output in said]))

@@ -37,7 +37,7 @@ class Recipe:
     refine_minutes: float = 0.0
     variants: int = 0  # of the first segment, at most so many
     target: str | None = "x86-vnni"  # None: float
-    min_cosine: float = 0.98
+    min_likeness: float | None = None  # None: what the task asks
     max_frames: int = 2000
     seed: int = 0
     name: str | None = None

@@ -34,9 +34,11 @@ Flags = NDArray[np.bool_]
 class Words:
     """What the early exits say of frames, whether or not they would be asked; all arrays are (exits, frames)."""
 
-    confidence: NDArray[np.float64]
+    confidence: NDArray[np.float64]  # minus infinity where the exit can never answer
     agrees: Flags  # with the whole float model
     within: Flags  # the limit of the exit's guard
+    # (frames,): of these, wherever they are answered, the promise allows a share to be wrong; None: of the answered
+    owed: Flags | None = None
     share: float = 1.0  # independent frames for every frame: less where neighbours in time resemble each other
 
     @property
@@ -113,7 +115,7 @@ def frames_wanted(pilot: Words, place: int, agreement: float, confidence: float 
 
     Twice the number at which the pilot expects it, as a test at the limit fails half of the time.
     """
-    alone = Words(pilot.confidence[[place]], pilot.agrees[[place]], pilot.within[[place]])
+    alone = Words(pilot.confidence[[place]], pilot.agrees[[place]], pilot.within[[place]], pilot.owed)
     count = answers_needed(agreement, confidence)
     vectors = [(_loosest_vector(alone, [float(nominal)])) for nominal in _nominal(agreement)]
     while count is not None and count < MOST_FRAMES:
@@ -188,33 +190,39 @@ def _loosest_vector(pilot: Words, risks: Sequence[float]) -> Thresholds:
     thresholds: list[float | None] = []
     for place, risk in enumerate(risks):
         asked = left & pilot.within[place] & (risk > 0)
-        threshold = loosest(pilot.confidence[place][asked], pilot.agrees[place][asked], risk)
+        owed = None if pilot.owed is None else int(pilot.owed.sum())
+        threshold = loosest(pilot.confidence[place][asked], pilot.agrees[place][asked], risk, owed)
         thresholds.append(threshold)
         if threshold is not None:
             left &= ~(asked & (pilot.confidence[place] >= threshold))
     return tuple(thresholds)
 
 
-def loosest(confidence: NDArray[np.float64], agrees: Flags, risk: float) -> float | None:
-    """The least confidence at which the pilot's answers, and one error more, still disagree on at most `risk`."""
+def loosest(confidence: NDArray[np.float64], agrees: Flags, risk: float, owed: int | None = None) -> float | None:
+    """The least confidence at which the pilot's answers, and one error more, still disagree on at most `risk`.
+
+    With `owed`, of so many frames that the promise is about instead of the answered ones.
+    """
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order]
-    count = np.arange(1, len(ranked) + 1)
+    count = np.arange(1, len(ranked) + 1) if owed is None else np.full(len(ranked), owed)
     last_of_ties = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
-    kept = np.flatnonzero(last_of_ties & (np.cumsum(~agrees[order]) + 1 <= risk * (count + 1)))
+    few = np.cumsum(~agrees[order]) + 1 <= risk * (count + 1)
+    kept = np.flatnonzero(last_of_ties & few & np.isfinite(ranked))
     return float(ranked[kept[-1]]) if len(kept) else None
 
 
 def _counts(words: Words, thresholds: Thresholds) -> list[tuple[int, int]]:
-    """Errors and answers of each exit together with those before it; none where the exit is off."""
+    """Errors, and answers or owed frames, of each exit together with those before it; none where the exit is off."""
     first = answering(words, thresholds)
     counts: list[tuple[int, int]] = []
     errors = answers = 0
+    owed = None if words.owed is None else int(words.owed.sum())
     for place, threshold in enumerate(thresholds):
         mine = first == place
         errors += int((mine & ~words.agrees[place]).sum())
         answers += int(mine.sum())
-        counts.append((0, 0) if threshold is None else (errors, answers))
+        counts.append((0, 0) if threshold is None else (errors, answers if owed is None else owed))
     return counts
 
 

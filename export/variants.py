@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import prove
-from export.agreement import clopper_pearson
+from export.agreement import pooled
 from export.bundle import list_files
 from export.distill import distil, steps_for
 from export.exits_stage import Fitted, Trunk, choose_points
@@ -34,6 +34,7 @@ from export.quantize import quantize_part, recipe_of
 from export.recipe import Recipe
 from export.report import Report
 from export.slicing import channels_last
+from export.task import Outputs, open_judge
 from export.torch_graph import UnknownOperatorError
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle, ExitSpec, VariantSpec
@@ -49,8 +50,6 @@ CALIBRATED = 48  # frames
 TURNS, WARM_UP = 50, 3
 NOISE = 0.05  # of a measured ratio of times
 
-Logits = NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class Whole:
@@ -65,7 +64,7 @@ def add_variants(
     trunk: Trunk,
     fitted: Sequence[Fitted],
     frames: FrameSet,
-    floating: Logits,
+    floating: Outputs,
     labels: NDArray[np.int64] | None,
     recipe: Recipe,
     report: Report,
@@ -77,7 +76,7 @@ def add_variants(
         trunk: what it was made of.
         fitted: the exits, before their thresholds.
         frames: as parted.
-        floating: the whole float model's logits for every frame.
+        floating: the whole float model's outputs for every frame.
         labels: true classes, where given.
         recipe: how many are wanted, for which target.
         report: told what is done.
@@ -90,20 +89,19 @@ def add_variants(
     fit = [fit[place] for place in np.linspace(0, len(fit) - 1, min(FITTED, len(fit))).round().astype(int)]
     analysis = analyse(whole.part, fit, tail=whole.tail, seed=recipe.seed)
     kept: list[VariantSpec] = []
-    answers = floating.argmax(axis=1)
     for count, model in _ladder(analysis, whole, trunk, fit, recipe, report):
         number = len(kept) + 1
         file = f"segments/0.v{number}.onnx"
         write(model, bundle.path / file)
         tried = _with(bundle, [*kept, _undecided(bundle, file, count)])
-        share = _agreement(with_variant(tried, number), frames.of("threshold"), answers[frames.roles["threshold"]])
+        share = _agreement(with_variant(tried, number), frames.of("threshold"), floating[frames.roles["threshold"]])
         if share < LEAST_AGREEMENT:
             (bundle.path / file).unlink()
             report.note(f"not kept: it agrees on {share:.3f} of the threshold frames only")
             break
         kept.append(tried.manifest.segments[0].variants[-1])
         bundle = tried
-        specs, _ = choose_points(fitted, trunk, with_variant(bundle, number), frames, answers, recipe)
+        specs, _ = choose_points(fitted, trunk, with_variant(bundle, number), frames, floating, recipe)
         if specs:
             kept[-1] = msgspec.structs.replace(kept[-1], exits=(*specs, bundle.manifest.exits[-1]))
             bundle = _with(bundle, kept)
@@ -116,7 +114,7 @@ def add_variants(
     return _with(bundle, kept)
 
 
-def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dict[str, Any]]:
+def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Outputs) -> list[dict[str, Any]]:
     """Every variant of the first segment before every tail: time, size and agreement; the segment itself is variant 0.
 
     A tail is what asks an exit: all segments in between, and its head; here each exit is asked about every frame,
@@ -125,7 +123,7 @@ def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dic
     Args:
         bundle: any.
         frames: each uint8 (1, height, width, 3), none of which had a part in fitting.
-        floating: the whole float model's logits for them: (frames, classes).
+        floating: the whole float model's outputs for them: (frames, …).
 
     Returns:
         Rows with segment, variant, exit, ms (processor time of one thread), ratio (of the segment's time to it), mb,
@@ -138,7 +136,8 @@ def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dic
     times = time_side_by_side(models, frames[0])
     tails, heads = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
     own = [tails[0].run(frame) for frame in frames]
-    answers = floating.argmax(axis=1)
+    judge = open_judge(bundle)
+    answers = judge.keys(floating)
     made: list[dict[str, Any]] = []
     for number, (one, took_ms) in enumerate(zip(seen, times, strict=True)):
         first, _ = load_segments(one, 0, 0)
@@ -152,9 +151,12 @@ def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dic
             if exit_spec is None:
                 continue
             head = heads.get(exit_spec.cut)
-            logits = np.concatenate(tensors if head is None else [head.ask(tensor)[0] for tensor in tensors])
-            hits = int((logits.argmax(axis=1) == answers).sum())
-            low, high = clopper_pearson(hits, len(answers))
+            said = np.concatenate(tensors if head is None else [head.ask(tensor)[0] for tensor in tensors])
+            if head is None:
+                share = pooled(judge.marks(said, floating))
+            else:
+                hits = (said.argmax(axis=1) == answers).astype(np.int64)
+                share = pooled(np.stack([hits, np.ones_like(hits)], axis=1))
             made.append(
                 {
                     "segment": 0,
@@ -164,9 +166,9 @@ def rows(bundle: Bundle, frames: Sequence[Tensor], floating: Logits) -> list[dic
                     "ratio": round(times[0] / took_ms, 3),
                     "mb": round(one.file(spec.file).stat().st_size / 1e6, 4),
                     "macs": spec.macs,
-                    "agreement": round(hits / len(answers), 6),
-                    "low": round(low, 6),
-                    "high": round(high, 6),
+                    "agreement": round(share.share, 6),
+                    "low": round(share.low, 6),
+                    "high": round(share.high, 6),
                     "n": len(answers),
                     "cosine": round(closeness, 6),
                 }
@@ -272,7 +274,7 @@ def _judged(
     trunk: Trunk,
     model: ModelProto,
     frames: FrameSet,
-    floating: Logits,
+    floating: Outputs,
     labels: NDArray[np.int64] | None,
 ) -> VariantSpec:
     """A variant with what was measured on the judge frames, and its largest batch."""
@@ -296,16 +298,16 @@ def _judged(
     )
 
 
-def _agreement(bundle: Bundle, frames: Sequence[Tensor], answers: NDArray[np.int64]) -> float:
+def _agreement(bundle: Bundle, frames: Sequence[Tensor], floating: Outputs) -> float:
     """How often the whole chain, every frame sent all the way, answers as the float model does."""
     segments, _ = load_segments(bundle, 0, len(bundle.manifest.segments) - 1)
-    hits = 0
-    for frame, answer in zip(frames, answers, strict=True):
+    said = []
+    for frame in frames:
         tensor = frame
         for segment in segments.values():
             tensor = segment.run(tensor)
-        hits += int(tensor[0].argmax() == answer)
-    return hits / len(frames)
+        said.append(tensor)
+    return pooled(open_judge(bundle).marks(np.concatenate(said), floating)).share
 
 
 def _cosine(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
 from runtime.manifest import Bundle, ExitSpec
-from runtime.policy import ExitPolicy, classify
+from runtime.policy import ExitPolicy
 from runtime.segment import Head, Segment
+from runtime.task import Task, open_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,10 @@ class Tier:
     bundle: Bundle
     segments: Mapping[int, Segment]  # by segment index; contiguous
     heads: Mapping[int, Head]  # by the cut they hang at
+    task: Task = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", open_task(self.bundle))
 
     @property
     def first(self) -> int:
@@ -127,12 +132,13 @@ def _warm_up_head(tier: Tier, cut: int, tensor: Tensor) -> None:
 
 
 def _ask(batch: Tensor, spec: ExitSpec, tier: Tier) -> list[ExitOutput]:
-    """The exit's word on each of (batch, …). The last exit has no head: the last segment's output is its logits."""
+    """The exit's word on each of (batch, …). The last exit has no head: the last segment's output is what it says."""
     head = tier.heads.get(spec.cut)
-    logits, distances = (batch, None) if head is None else head.ask(batch)
+    outputs, distances = (batch, None) if head is None else head.ask(batch)
+    said = [tier.task.read(row, spec) for row in outputs]
     if distances is None:
-        return [classify(row, spec) for row in logits]
-    return [classify(row, spec, float(distance)) for row, distance in zip(logits, distances, strict=True)]
+        return said
+    return [replace(output, distance=float(distance)) for output, distance in zip(said, distances, strict=True)]
 
 
 def _at(outcome: Outcome, cut: int) -> bool:

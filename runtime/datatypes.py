@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (height, width, 3), RGB
 Tensor: TypeAlias = NDArray[Any]  # (batch, ...), uint8 or float32, C-contiguous
 Logits: TypeAlias = NDArray[np.float32]  # (classes,)
+Answer: TypeAlias = msgspec.Struct  # what a task says of a frame; its own type, in runtime/task_<name>.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,13 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class ExitOutput:
-    """What an exit says of one frame. Scores are probabilities after the exit's temperature."""
+    """What an exit says of one frame."""
 
     exit: int  # the cut at which the exit head hangs; the last exit is the model's own
-    label_index: int
-    confidence: float  # 0..1, the greatest score
-    topk: tuple[tuple[int, float], ...]  # (label index, score), best first
+    confidence: float  # 0..1: how sure the exit is of its answer
+    answer: Answer
     distance: float | None = None  # of the frame's features to those the head was fitted on; None: no guard here
+    partial: bool = False  # the answer says less than was asked for, so it stands only where nothing better comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,10 @@ class Result:
 
     camera: str
     frame: int  # Frame.index
-    label: str
-    label_index: int
+    task: str
+    label: str  # the answer in a word or a few
     confidence: float
-    topk: tuple[tuple[str, float], ...]
+    answer: Mapping[str, Any]  # the task's own fields; docs/operations.md
     tier: str  # the tier that answered: its name in the bundle, e.g. "device"
     exit: int
     agreement: float | None  # what this exit was fitted to keep; of the model's own, what was measured
@@ -63,6 +65,7 @@ class Result:
     timings: Mapping[str, float] = field(default_factory=dict)  # stage → ms; the stages of a node carry its tier
     degraded: str | None = None
     variant: int = 0  # of the first segment, where the device ran it for this answer; 0: the segment itself, or not run
+    repeats: int | None = None  # the frame whose answer this repeats, because the picture has hardly changed since
 
 
 @dataclass(frozen=True, slots=True)

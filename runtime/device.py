@@ -49,6 +49,7 @@ class _Frame:
     camera: str
     index: int
     captured_ns: int
+    size: tuple[int, int]  # height and width of the camera's picture
     features: Features  # what goes up, if it must
     outcome: cascade.Outcome | None  # of the local segments; None when they have not run
     timings: dict[str, float]
@@ -169,15 +170,16 @@ class Device:
             "wait": (start_ns - frame.captured_ns) / 1e6,
             "preprocess": (time.monotonic_ns() - start_ns) / 1e6,
         }
+        seen = (frame.camera, frame.index, frame.captured_ns, frame.pixels.shape[:2])
         if self._uplink is not None and self._uplink.cut == 0:
-            self._offload(_Frame(frame.camera, frame.index, frame.captured_ns, features, None, timings))
+            self._offload(_Frame(*seen, features, None, timings))
             return True
         outcome = cascade.run([features], self._tier, self._policy)[0]
         timings.update(outcome.timings)
         for cut in outcome.withheld:
             self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
         rest = outcome.features or features
-        taken = _Frame(frame.camera, frame.index, frame.captured_ns, rest, outcome, timings)
+        taken = _Frame(*seen, rest, outcome, timings)
         if outcome.answer is None:
             self._offload(taken)
         else:
@@ -207,7 +209,9 @@ class Device:
         else:
             above_ms = (time.monotonic_ns() - sent.sent_ns) / 1e6
             frame.timings.update(said.timings, network=above_ms - sum(said.timings.values()))
-            self._answer(frame, said.output(), sent, tier=said.tier, degraded=said.degraded)
+            answer = self._tier.task.decode(said.answer)
+            output = ExitOutput(exit=said.exit, confidence=said.confidence, answer=answer)
+            self._answer(frame, output, sent, tier=said.tier, degraded=said.degraded)
         self._wake.set()
 
     def _answer_locally(self, frame: _Frame, reason: str, sent: Sent[_Frame] | None = None) -> None:
@@ -230,15 +234,15 @@ class Device:
         tier: str | None = None,
         degraded: str | None = None,
     ) -> None:
-        labels = self.bundle.labels
+        task = self._tier.task
         timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
         result = Result(
             camera=frame.camera,
             frame=frame.index,
-            label=labels[said.label_index],
-            label_index=said.label_index,
+            task=self.bundle.manifest.task,
+            label=task.words(said.answer),
             confidence=said.confidence,
-            topk=tuple((labels[index], score) for index, score in said.topk),
+            answer=task.told(said.answer, *frame.size),
             tier=tier or self._tier_name,
             exit=said.exit,
             agreement=None if degraded is not None else self._agreement(said.exit),

@@ -10,7 +10,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -183,7 +183,7 @@ class Manifest(_Struct, frozen=True):
 
     format: Annotated[int, msgspec.Meta(ge=1)]
     name: str
-    task: Literal["classify"]
+    task: str  # a key of runtime.task.TASKS
     labels: str  # file with one label a line
     preprocess: PreprocessSpec
     segments: tuple[SegmentSpec, ...]
@@ -194,6 +194,7 @@ class Manifest(_Struct, frozen=True):
     proof: dict[str, float]  # what export measured before it dared to write this
     provenance: Provenance
     files: tuple[FileSpec, ...]
+    settings: dict[str, Any] = {}  # the task's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,9 +260,6 @@ def load(path: Path) -> Bundle:
         labels = bundle.file(manifest.labels).read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BundleError(f"{manifest.labels} is no UTF-8 text; export the bundle again") from error
-    classes = manifest.cuts[-1].shape[-1]
-    if len(labels) != classes:
-        raise BundleError(f"{manifest.labels} has {len(labels)} labels for {classes} classes; export the bundle again")
     return Bundle(path=path, manifest=manifest, id=bundle.id, labels=tuple(labels))
 
 

@@ -273,9 +273,7 @@ class Node:
 
     def _answer(self, request: _Request, said: ExitOutput, degraded: str | None = None) -> None:
         timings = self._named(request.timings)
-        self._reply(
-            request, Reply(tier=self.tier_name, exit=said.exit, topk=said.topk, timings=timings, degraded=degraded)
-        )
+        self._reply(request, reply.of(said, self.tier_name, timings, degraded))
 
     def _named(self, timings: dict[str, float]) -> dict[str, float]:
         return {f"{self.tier_name}.{stage}": took_ms for stage, took_ms in timings.items()}

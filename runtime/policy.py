@@ -1,39 +1,13 @@
-"""Exit decisions: what an exit's logits mean, and whether that answer may stand. Pure."""
+"""Exit decisions: whether what an exit says may stand as the answer. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from runtime.datatypes import ExitOutput, Logits
-from runtime.errors import BundleError, ConfigError
+from runtime.datatypes import ExitOutput
+from runtime.errors import ConfigError
 from runtime.manifest import Bundle, ExitSpec, OperatingPoint
-
-TOP = 5
-
-
-def classify(logits: Logits, spec: ExitSpec, distance: float | None = None) -> ExitOutput:
-    """Read one frame's logits (classes,) as probabilities after the exit's temperature.
-
-    `distance` is what the exit's guard said of the frame, where it has one.
-
-    Raises:
-        BundleError: a logit is not finite: the graph does not work on this machine.
-    """
-    if not np.isfinite(logits).all():
-        raise BundleError(f"exit {spec.cut} gave a logit that is no number; verify the bundle on this machine")
-    scaled = logits.astype(np.float32) / np.float32(spec.temperature)
-    scores = np.exp(scaled - scaled.max())
-    scores /= scores.sum()
-    count = min(TOP, scores.size)
-    # By logits, as distinct logits may round to one score; ties fall to the lower index.
-    least = np.partition(logits, logits.size - count)[logits.size - count]
-    among = np.flatnonzero(logits >= least)
-    best = among[np.argsort(-logits[among], kind="stable")[:count]]
-    topk = tuple((int(index), float(scores[index])) for index in best)
-    return ExitOutput(exit=spec.cut, label_index=topk[0][0], confidence=topk[0][1], topk=topk, distance=distance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +47,7 @@ class ExitPolicy:
 
     def _sure(self, output: ExitOutput) -> bool:
         threshold = self.thresholds.get(output.exit)
-        return threshold is not None and output.confidence >= threshold
+        return threshold is not None and output.confidence >= threshold and not output.partial
 
     def _known(self, output: ExitOutput) -> bool:
         limit = self.limits.get(output.exit)

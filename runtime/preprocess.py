@@ -8,11 +8,34 @@ alias: hence exact halvings, each the mean of 2x2 pixels, before the last resize
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
 from runtime.datatypes import Pixels, Tensor
 from runtime.manifest import PreprocessSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of a frame that the model's input covers, in pixels of the frame.
+
+    A point (x, y) in shares of the input lies at left + x * width, top + y * height.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def window(height: int, width: int, spec: PreprocessSpec) -> Window:
+    """What `prepare` shows the model of a frame of `height` and `width` pixels."""
+    if (height, width) == (spec.height, spec.width):
+        return Window(0, 0, width, height)
+    kept_height, kept_width = _kept(height, width, spec)
+    return Window((width - kept_width) // 2, (height - kept_height) // 2, kept_width, kept_height)
 
 
 def prepare(pixels: Pixels, spec: PreprocessSpec) -> Tensor:

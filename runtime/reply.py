@@ -12,7 +12,6 @@ from runtime.errors import PacketError
 MAX_DEGRADED = 200
 MAX_TIMINGS = 256
 Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Index = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -20,15 +19,19 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     tier: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
     exit: Annotated[int, msgspec.Meta(ge=0, le=255)]
-    topk: Annotated[tuple[tuple[Index, Score], ...], msgspec.Meta(min_length=1, max_length=16)]
+    confidence: Score
+    answer: msgspec.Raw  # only the task can read it: runtime.task.Task.decode
     # stage → ms, each with the name of its tier
     timings: Annotated[dict[str, float], msgspec.Meta(max_length=MAX_TIMINGS)] = {}
     degraded: Annotated[str, msgspec.Meta(max_length=MAX_DEGRADED)] | None = None
 
-    def output(self) -> ExitOutput:
-        """The answer as an exit's word."""
-        label_index, confidence = self.topk[0]
-        return ExitOutput(exit=self.exit, label_index=label_index, confidence=confidence, topk=self.topk)
+
+def of(said: ExitOutput, tier: str, timings: dict[str, float], degraded: str | None = None) -> Reply:
+    """What an exit of `tier` said, as a reply."""
+    answer = msgspec.Raw(msgspec.json.encode(said.answer))
+    return Reply(
+        tier=tier, exit=said.exit, confidence=said.confidence, answer=answer, timings=timings, degraded=degraded
+    )
 
 
 def encode(reply: Reply) -> bytes:

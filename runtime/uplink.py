@@ -23,6 +23,7 @@ from runtime.link import Link
 from runtime.manifest import Bundle
 from runtime.packet import Kind, Packet
 from runtime.reply import Reply
+from runtime.task import open_task
 from runtime.topics import Subtree, publish_bytes
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Uplink(Generic[Context]):
         self._link = link
         self._topics = topics
         self._bundle = bundle
+        self._task = open_task(bundle)
         self._max_in_flight = max_in_flight
         self._counters = counters
         self._on_reply = on_reply
@@ -267,6 +269,5 @@ class Uplink(Generic[Context]):
         if message.kind is not Kind.RESULT:
             raise PacketError(f"a packet of kind {message.kind.name} is no reply")
         said = reply.decode(message.payload)
-        if any(index >= len(self._bundle.labels) for index, _ in said.topk):
-            raise PacketError("the reply names a label that the bundle does not have")
+        self._task.decode(said.answer)
         return said

@@ -114,7 +114,7 @@ def run(tier: cascade.Tier, images: Images, policy: ExitPolicy) -> Answers:
         for row, outcome in enumerate(cascade.run(batch, tier, policy), start):
             assert outcome.answer is not None, "the last exit answers whatever comes"
             exits.append(outcome.answer.exit)
-            classes.append(outcome.answer.label_index)
+            classes.append(tier.task.key(outcome.answer.answer))
             withheld[row, list(outcome.withheld)] = 1
     return Answers(np.array(exits), np.array(classes), withheld)
 

@@ -17,11 +17,12 @@ from export.atlas import Atlas, EqualRow, cut_times, judge
 from export.bench import bench_group
 from export.bench_exits import cascade, sweep
 from export.bench_frames import calibration, read_clip, read_judges
-from export.bench_rows import kl, rival_bytes, wire_bytes
+from export.bench_rows import rival_bytes, wire_bytes
 from export.bundle import list_files
 from export.exits_judge import ExitRow
 from export.frames import fingerprint
 from export.pipeline import Exported
+from export.task_classify import kl
 from runtime.codec import RawCodec
 from runtime.errors import BundleError, KinflowError
 from runtime.manifest import NOTES, Bundle, verify_files

@@ -81,7 +81,7 @@ def test_the_judge_says_what_the_cascade_does(answering: Exported, net: str, man
         outcomes = [cascade.run([Features(0, frames.pixels[row : row + 1])], tier, policy)[0] for row in range(120)]
         for row in (row for row in rows if row.target == target):
             mine = [at for at, out in enumerate(outcomes) if out.answer is not None and out.answer.exit == row.cut]
-            said = np.array([outcomes[at].answer.label_index for at in mine], np.int64)  # type: ignore[union-attr]
+            said = np.array([outcomes[at].answer.answer.label_index for at in mine], np.int64)  # type: ignore[union-attr]
             assert row.answered == len(mine)
             assert row.withheld == sum(row.cut in outcome.withheld for outcome in outcomes)
             assert sum(count for count, _ in row.histogram) == row.reached

@@ -509,7 +509,7 @@ class Refuser:
         self.packets: list[Packet] = []
         self._link = open_link(broker, client_id="node", counters=Counters())
         self._after_s = after_s
-        self._answer = b'{"tier":"cloud","exit":3,"topk":[[0,1.0]]}'
+        self._answer = b'{"tier":"cloud","exit":3,"confidence":1.0,"answer":{"topk":[[0,1.0]]}}'
         self._link.subscribe(topics.requests("home", "d"), self._received)
         self._link.start()
 

@@ -95,7 +95,7 @@ def test_another_processor_may_differ_a_little(sound: Path) -> None:
     write_golden(sound, nudge=1e-6)
     found = verify_bundle(sound)
     assert not found.bit_identical
-    assert found.logit_cosine > 0.999
+    assert found.likeness > 0.999
     assert "within tolerance" in CliRunner().invoke(bundle_group, ["verify", str(sound)]).stdout
 
 

@@ -14,7 +14,7 @@ from runtime import cascade, manifest
 from runtime.cascade import Tier
 from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
-from runtime.policy import ExitPolicy, classify
+from runtime.policy import ExitPolicy
 from runtime.segment import Head, load_segments
 
 CUTS = ((16, 16, 3), (4, 8, 8), (6, 4, 4))
@@ -104,7 +104,7 @@ def said_by_hand(features: Features, ran: Tier, policy: ExitPolicy) -> list[Exit
         spec = ran.bundle.exit_at(index + 1)
         assert spec is not None
         logits = ran.heads[index + 1].run(tensor) if index + 1 in ran.heads else tensor
-        seen.append(classify(logits[0], spec))
+        seen.append(ran.task.read(logits[0], spec))
         if policy.answers(seen[-1]):
             break
     return seen

@@ -16,6 +16,7 @@ from runtime.device import Device
 from runtime.errors import BundleError, CameraError, ConfigError
 from runtime.link import open_link
 from runtime.node import Node
+from runtime.task_classify import Classification
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 LineOf = Result | Dropped
@@ -53,8 +54,9 @@ def test_answers_through_a_node_are_those_of_the_whole_chain_bit_for_bit(
     for result, whole in zip(
         sorted(results, key=lambda line: line.frame), whole_answers(shared_bundle, photos), strict=True
     ):
-        assert (result.label_index, result.confidence) == (whole.label_index, whole.confidence)
-        assert [score for _, score in result.topk] == [score for _, score in whole.topk]
+        assert isinstance(whole.answer, Classification)
+        assert (result.answer["label_index"], result.confidence) == (whole.answer.label_index, whole.confidence)
+        assert [score for _, score in result.answer["topk"]] == [score for _, score in whole.answer.topk]
         assert (result.tier, result.exit, result.codec, result.cut, result.degraded) == ("cloud", 3, "raw", 1, None)
         assert result.agreement == 1.0
         assert result.bytes_up > 44

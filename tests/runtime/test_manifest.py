@@ -10,6 +10,7 @@ import pytest
 
 from runtime.errors import BundleError
 from runtime.manifest import FORMAT, MANIFEST, NOTES, load, save, verify_files
+from runtime.task import open_task
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -22,8 +23,12 @@ def change(bundle: Path, how: Change) -> None:
 
 
 def refusal(bundle: Path) -> str:
-    with pytest.raises(BundleError) as caught:
+    def use() -> None:
         verify_files(load(bundle))
+        open_task(load(bundle))
+
+    with pytest.raises(BundleError) as caught:
+        use()
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 65
     return str(caught.value)
@@ -205,3 +210,8 @@ def test_labels_that_do_not_fit(tiny_bundle: Path, labels: bytes, words: str) ->
 
     change(tiny_bundle, relist)
     assert words in refusal(tiny_bundle)
+
+
+def test_a_task_that_is_not_known(tiny_bundle: Path) -> None:
+    change(tiny_bundle, lambda tree: tree.update(task="caption"))
+    assert "the bundle's task is 'caption', this Kinflow knows classify, detect" in refusal(tiny_bundle)

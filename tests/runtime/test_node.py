@@ -199,13 +199,13 @@ def test_requests_that_come_together_run_together(
         for sequence in range(8):
             answer = client.ask(sequence)
             assert isinstance(answer, reply.Reply)
-            alone[sequence] = answer.topk
+            alone[sequence] = bytes(answer.answer)
     client.replies.clear()
     node = Node(config)
     with serving(node):
         for sequence in range(8):
             client.send(client.request(sequence))
-        together = {sequence: reply.decode(client.await_reply(sequence).payload).topk for sequence in range(8)}
+        together = {sequence: bytes(reply.decode(client.await_reply(sequence).payload).answer) for sequence in range(8)}
     assert together == alone
     assert node.counters.snapshot()['batches_total{size="4"}'] == 2
 

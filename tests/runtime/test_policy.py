@@ -5,76 +5,22 @@ import math
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import manifest
-from runtime.datatypes import ExitOutput, Logits
+from runtime.datatypes import ExitOutput
 from runtime.errors import ConfigError
 from runtime.manifest import ExitSpec, OperatingPoint
-from runtime.policy import TOP, ExitPolicy, classify
+from runtime.policy import ExitPolicy
+from runtime.task_classify import Classification
 
-
-def spec(temperature: float = 1.0) -> ExitSpec:
-    return ExitSpec(cut=2, file="exit.onnx", temperature=temperature, threshold=0.5, agreement=0.9)
-
-
-some_logits = st.lists(st.floats(-50, 50, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=50).map(
-    lambda values: np.array(values, np.float32)
-)
-temperatures = st.floats(0.05, 50)
-
-
-@given(some_logits, temperatures)
-def test_scores_are_probabilities_in_order(logits: Logits, temperature: float) -> None:
-    said = classify(logits, spec(temperature))
-    indices, scores = zip(*said.topk, strict=True)
-    assert len(said.topk) == min(TOP, len(logits)) == len(set(indices))
-    assert all(0 <= score <= 1 for score in scores)
-    assert list(scores) == sorted(scores, reverse=True)
-    assert sum(scores) <= 1 + 1e-5
-    assert said.topk[0] == (said.label_index, said.confidence)
-    assert said.confidence >= 1 / len(logits) - 1e-6
-    assert said.exit == 2
-
-
-@given(some_logits, temperatures)
-def test_the_temperature_does_not_change_the_order_and_ties_go_to_the_lower_index(
-    logits: Logits, temperature: float
-) -> None:
-    said = classify(logits, spec(temperature))
-    assert said.label_index == int(logits.argmax())
-    expected = sorted(range(len(logits)), key=lambda index: (-logits[index], index))[:TOP]
-    assert [index for index, _ in said.topk] == expected
-
-
-@pytest.mark.parametrize("classes", [1, 2, 6, 1000])
-def test_when_all_logits_are_equal_the_first_labels_win(classes: int) -> None:
-    said = classify(np.zeros(classes, np.float32), spec())
-    assert [index for index, _ in said.topk] == list(range(min(TOP, classes)))
-    assert said.confidence == pytest.approx(1 / classes)
-
-
-def test_logits_that_differ_by_a_hair_are_told_apart_though_their_scores_are_equal() -> None:
-    said = classify(np.array([0.01, np.nextafter(np.float32(0.01), np.float32(1))], np.float32), spec(50.0))
-    assert said.label_index == 1
-    assert said.topk[0][1] == said.topk[1][1]
-
-
-def test_a_temperature_of_two_halves_the_logits() -> None:
-    logits = np.array([1.0, 3.0, 2.0], np.float32)
-    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
-    assert classify(logits, spec(2.0)).confidence == pytest.approx(float(expected[1]))
-
-
-def test_huge_logits_do_not_overflow() -> None:
-    assert classify(np.array([-1e30, 1e30, 0], np.float32), spec()).confidence == 1.0
+ANSWER = Classification(topk=((0, 1.0),))
 
 
 def said(cut: int, confidence: float) -> ExitOutput:
-    return ExitOutput(cut, 0, confidence, ((0, confidence),))
+    return ExitOutput(cut, confidence, ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +81,7 @@ def test_beyond_its_limit_an_exit_is_never_asked_to_answer_however_sure(
     threshold: float, confidence: float, distance: float, limit: float
 ) -> None:
     policy = ExitPolicy({1: threshold}, {1: limit})
-    output = ExitOutput(1, 0, confidence, ((0, confidence),), distance)
+    output = ExitOutput(1, confidence, ANSWER, distance)
     sure, within = confidence >= threshold, distance <= limit
     assert policy.answers(output) == (sure and within)
     assert policy.withholds(output) == (sure and not within)
@@ -145,3 +91,9 @@ def test_an_exit_whose_guard_said_nothing_does_not_answer() -> None:
     policy = ExitPolicy({1: 0.5}, {1: 2.0})
     assert not policy.answers(said(1, 0.9))
     assert policy.withholds(said(1, 0.9))
+
+
+def test_an_answer_that_says_less_than_was_asked_for_never_stands_however_sure() -> None:
+    partial = dataclasses.replace(said(1, 1.0), partial=True)
+    assert not ExitPolicy({1: 0.5}).answers(partial)
+    assert not ExitPolicy({1: 0.5}, {1: 0.0}).withholds(partial)

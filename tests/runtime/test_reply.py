@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,17 +12,18 @@ from runtime import reply
 from runtime.datatypes import ExitOutput
 from runtime.errors import PacketError
 from runtime.reply import Reply
+from runtime.task_classify import Classification
 
-scores = st.tuples(st.integers(0, 999), st.floats(0, 1))
 replies = st.builds(
     Reply,
     tier=st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     exit=st.integers(0, 255),
-    topk=st.lists(scores, min_size=1, max_size=16).map(tuple),
+    confidence=st.floats(0, 1),
+    answer=st.dictionaries(st.text(max_size=9), st.floats(0, 1), max_size=5).map(msgspec.json.encode).map(msgspec.Raw),
     timings=st.dictionaries(st.text(max_size=20), st.floats(0, 1e6), max_size=5),
     degraded=st.none() | st.text(max_size=200),
 )
-GOOD: dict[str, Any] = {"tier": "cloud", "exit": 3, "topk": [[1, 0.75], [0, 0.25]]}
+GOOD: dict[str, Any] = {"tier": "cloud", "exit": 3, "confidence": 0.75, "answer": {"topk": [[1, 0.75], [0, 0.25]]}}
 
 
 @given(replies)
@@ -30,19 +32,15 @@ def test_a_reply_comes_back_as_it_was_to_the_last_bit(said: Reply) -> None:
 
 
 def test_a_reply_is_json_that_a_person_can_read() -> None:
-    said = Reply(tier="cloud", exit=3, topk=((1, 0.75),), timings={"cloud.segment2": 1.5})
+    said = reply.of(ExitOutput(3, 0.75, Classification(topk=((1, 0.75),))), "cloud", {"cloud.segment2": 1.5})
     assert json.loads(reply.encode(said)) == {
         "tier": "cloud",
         "exit": 3,
-        "topk": [[1, 0.75]],
+        "confidence": 0.75,
+        "answer": {"topk": [[1, 0.75]]},
         "timings": {"cloud.segment2": 1.5},
         "degraded": None,
     }
-
-
-def test_the_first_of_topk_is_the_answer() -> None:
-    said = reply.decode(json.dumps(GOOD).encode())
-    assert said.output() == ExitOutput(exit=3, label_index=1, confidence=0.75, topk=((1, 0.75), (0, 0.25)))
 
 
 @pytest.mark.parametrize(
@@ -53,13 +51,8 @@ def test_the_first_of_topk_is_the_answer() -> None:
         {"tier": 'a"b'},
         {"exit": -1},
         {"exit": 1.5},
-        {"topk": []},
-        {"topk": [[0, 0.5]] * 17},
-        {"topk": [[0, 1.5]]},
-        {"topk": [[0, -0.1]]},
-        {"topk": [[-1, 0.5]]},
-        {"topk": [[0, None]]},
-        {"topk": [[0]]},
+        {"confidence": 1.5},
+        {"confidence": None},
         {"timings": {"segment0": "fast"}},
         {"degraded": "x" * 201},
         {"more": 1},
@@ -73,7 +66,15 @@ def test_a_field_that_is_not_as_promised_is_refused(change: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"null", b"[]", b"{}", b'{"tier":"\xff","exit":1,"topk":[[0,0.5]]}', b'{"\xff":1}', b"[" * 100_000],
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"tier":"\xff","exit":1,"confidence":0.5,"answer":{}}',
+        b'{"\xff":1}',
+        b"[" * 100_000,
+    ],
     ids=lambda payload: str(payload[:16]),
 )
 def test_what_is_no_reply_is_refused(payload: bytes) -> None:
@@ -91,4 +92,4 @@ def test_a_mutated_reply_is_refused_or_is_a_reply(flips: bytes, more: bytes) -> 
         said = reply.decode(bytes(data))
     except PacketError:
         return
-    assert 0 <= said.output().confidence <= 1
+    assert 0 <= said.confidence <= 1

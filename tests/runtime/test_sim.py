@@ -20,6 +20,7 @@ from runtime.config import CameraConfig
 from runtime.datatypes import Dropped, ExitOutput, Result
 from runtime.sim import run
 from runtime.simulation import Simulation
+from runtime.task_classify import Classification
 
 FIELDS = {"frame", "label", "confidence", "tier", "exit", "codec", "bytes_up", "age_ms", "timings", "degraded"}
 
@@ -44,8 +45,10 @@ def test_three_tiers_over_mosquitto_agree_with_the_whole_chain_bit_for_bit(
     whole = whole_answers(shared_bundle, photos)
     for line in lines:
         assert (line["tier"], line["exit"], line["degraded"]) == ("cloud", 3, None)
-        assert line["label_index"] == whole[line["frame"]].label_index
-        assert [score for _, score in line["topk"]] == [score for _, score in whole[line["frame"]].topk]
+        answer = whole[line["frame"]].answer
+        assert isinstance(answer, Classification)
+        assert line["answer"]["label_index"] == answer.label_index
+        assert [score for _, score in line["answer"]["topk"]] == [score for _, score in answer.topk]
     summary = last["summary"]
     assert summary["frames"] == summary["answered"] == summary["tiers"]["cloud"]["frames"] == 40
     assert summary["bytes_up_per_frame"] == sum(line["bytes_up"] for line in lines) / 40

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ from runtime.uplink import Sent, Uplink
 
 SELF = Subtree("home", "d", "cam")
 FEATURES = Features(1, np.random.default_rng(0).integers(0, 256, (1, 4, 8, 8), np.uint8))
-ANSWER = Reply(tier="cloud", exit=3, topk=((2, 0.75), (1, 0.25)))
+ANSWER = Reply(tier="cloud", exit=3, confidence=0.75, answer=msgspec.Raw(b'{"topk":[[2,0.75],[1,0.25]]}'))
 SECOND_NS = 1_000_000_000
 
 
@@ -270,7 +271,7 @@ def test_replies_that_are_not_ours_or_damaged_are_counted_and_the_frame_waits_on
     answer = like(request, Kind.RESULT, reply.encode(ANSWER))
     other_session = like(request, Kind.RESULT, b"", session=request.session ^ 1)
     other_bundle = Packet(Kind.RESULT, b"\0" * 8, request.session, request.sequence, b"")
-    unknown_label = reply.encode(Reply(tier="cloud", exit=3, topk=((5, 1.0),)))
+    unknown_label = reply.encode(msgspec.structs.replace(ANSWER, answer=msgspec.Raw(b'{"topk":[[5,1.0]]}')))
     for message in (
         other_session,
         other_bundle,
