@@ -48,7 +48,7 @@ class PreprocessSpec(_Struct, frozen=True):
 
     height: Side
     width: Side
-    fit: Literal["crop", "stretch"] = "crop"  # crop: the centre, at the model's aspect ratio
+    fit: Literal["crop", "stretch", "letterbox"] = "crop"  # crop: the centre, at the model's aspect ratio
     crop_ratio: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # share of the largest such crop that is kept
 
 
@@ -176,6 +176,7 @@ class Provenance(_Struct, frozen=True):
     seed: int
     frames: dict[str, int]  # role (fit, threshold, judge) → count
     frames_sha256: str  # over the pixels of all frames, in order
+    options: dict[str, str] = {}  # of the export, that have to be given again to open the same model
 
 
 class Manifest(_Struct, frozen=True):
