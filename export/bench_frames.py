@@ -7,19 +7,21 @@ show that it is the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto
 
 from export.bundle import CALIBRATION
+from export.detector_layout import BoxFormat
 from export.frames import fingerprint
 from export.graph import FRAME
 from export.recipe import open_model
 from export.report import Report
-from export.source import InputOptions
+from export.source import DetectorOptions, InputOptions
 from export.task import Outputs, open_judge
 from runtime.camera_replay import ReplayCamera
 from runtime.config import CameraConfig
@@ -75,6 +77,8 @@ def open_whole(bundle: Bundle, model: str | None, options: InputOptions, threads
         if not origin.startswith(LITE0):
             raise BundleError(f"the bundle was made from {origin}; give that model with --model, as to kinflow export")
         model = "lite0"
+    if bundle.manifest.task == "detect":
+        options = replace(options, detector=_as_exported(bundle))
     opened = open_model(model, options, report)
     if opened.source.origin != origin:
         raise BundleError(
@@ -83,6 +87,16 @@ def open_whole(bundle: Bundle, model: str | None, options: InputOptions, threads
     whole = Whole(opened.simplified.trunk(), threads)
     _check_same(bundle, whole, model)
     return whole
+
+
+def _as_exported(bundle: Bundle) -> DetectorOptions:
+    given = bundle.manifest.provenance.options
+    return DetectorOptions(
+        boxes=cast(BoxFormat | None, given.get("boxes")),
+        names=bundle.labels,
+        iou_threshold=float(given.get("iou", DetectorOptions().iou_threshold)),
+        fit=bundle.manifest.preprocess.fit,
+    )
 
 
 def read_judges(bundle: Bundle, sources: Sequence[Path], max_frames: int) -> Judges:

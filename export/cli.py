@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,14 @@ import click
 import msgspec
 
 from export.cuts import Cut
+from export.detector_layout import BoxFormat
 from export.frames import FrameSource
-from export.options import input_of, takes_input
+from export.options import detector_of, input_of, takes_detector, takes_input
 from export.pipeline import Exported, export
 from export.quantize import TARGETS
 from export.recipe import DEFAULT_TIERS, Recipe, choose_cuts, open_model, time_cuts
 from export.report import Report
+from export.source import Fit
 from export.timing import Timed
 from runtime.errors import CameraError
 from runtime.manifest import Bundle
@@ -93,6 +96,7 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle that parts photos.")
 @click.option("--name", help="The bundle's name; default: the model's.")
 @takes_input
+@takes_detector
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="For running the whole model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export_command(
@@ -120,6 +124,12 @@ def export_command(
     std: str | None,
     scale: float | None,
     bgr: bool,
+    task: str,
+    classes: Path | None,
+    score: float,
+    iou: float,
+    boxes: BoxFormat | None,
+    fit: Fit | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -131,6 +141,7 @@ def export_command(
       DIRECTORY or ID          a Hugging Face image classifier (ViT, ResNet, MobileNetV2, Swin, …)
       FILE.onnx                any ONNX classifier with one image input
       FILE.py:FACTORY          your own torch module; the file is run. Its own exits are kept
+    With --task detect, an ONNX detector: SSD style with suppression inside, or a YOLO head with or without.
 
     Where to cut, unless --cuts says: with T tiers, the t-th cut is the smallest tensor among the cuts that have a
     share of the multiply-accumulates before them within 1/(2T) of t/T. A model with exits of its own is cut there.
@@ -144,12 +155,14 @@ def export_command(
     kinflow export lite0 --list-cuts
     kinflow export lite0 --frames my_frames/ --out lite0.kinflow
     kinflow export ./my_vit --frames clip.mp4 --target arm64 --cuts "layer 3,layer 7" --out vit.kinflow
+    kinflow export yolov8n.onnx --task detect --scale 0.00392157 --frames clip.mp4 --out yolo.kinflow
     """
     report = Report()
     recipe = Recipe(
         model=model,
         frames=tuple(FrameSource(path) for path in frames),
-        input=input_of(size, mean, std, scale, bgr=bgr),
+        input=replace(input_of(size, mean, std, scale, bgr=bgr), detector=detector_of(task, classes, iou, boxes, fit)),
+        score_threshold=score,
         tiers=_tiers(tiers),
         cuts=tuple(filter(None, (part.strip() for part in (cuts or "").split(",")))),
         agreement=agreement,

@@ -119,10 +119,14 @@ def _looks(frames: FrameSet, channels: int, seed: int) -> list[Tensor]:
 
 def tail_of(opened: Opened, cut: Cut) -> Tail:
     """The whole float model behind a cut."""
-    trunk, shapes = opened.simplified.trunk(), opened.simplified.shapes
-    ends = [tensor_info(cut.tensor, "float32", cut.shape)], [tensor_info(LOGITS, "float32", shapes[LOGITS][1:])]
+    maps, start = len(cut.shape) == 3, [tensor_info(cut.tensor, "float32", cut.shape)]
     batch = MAX_COPIES_BATCH if opened.simplified.batchable else 1
-    return Tail(extract(trunk, *ends, "tail"), opened.macs - cut.macs, batch, len(cut.shape) == 3)
+    if opened.evidence is not None:
+        made = extract(opened.evidence, start, list(opened.evidence.graph.output), "tail")
+        return Tail(made, opened.macs - cut.macs, batch, maps, evidence=True)
+    trunk, shapes = opened.simplified.trunk(), opened.simplified.shapes
+    end = [tensor_info(LOGITS, "float32", shapes[LOGITS][1:])]
+    return Tail(extract(trunk, start, end, "tail"), opened.macs - cut.macs, batch, maps)
 
 
 def floats(features: Sequence[Tensor], wire: Wire | None) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.detector_candidates import find_candidates
-from export.detector_layout import BoxFormat, Layout, Output, recognize
+from export.detector_layout import Layout, Output, recognize
 from export.detector_rows import (
     FIELDS,
     ROWS,
@@ -42,7 +42,7 @@ from export.graph import (
     static_shapes,
 )
 from export.simplify import Simplified, add_prologue, open_batch, slimmed, with_fixed_input
-from export.source import Source
+from export.source import DetectorOptions, Source
 from runtime.errors import BundleError
 from runtime.segment_onnx import session_options
 
@@ -50,16 +50,6 @@ CANDIDATES = "candidates"  # output of the raw model
 LEAST_SCORE = 0.05  # candidates up to this make no row, whatever a bundle's threshold for showing them
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 BATCH_TOLERANCE = 1e-5  # between a frame's rows alone and in a batch
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorOptions:
-    """What the command line says about a detector; None leaves it to the layout of its outputs."""
-
-    boxes: BoxFormat | None = None
-    names: tuple[str, ...] | None = None  # of the classes, by index
-    iou_threshold: float = 0.6  # where suppression is not in the graph yet
-    fit: Literal["crop", "stretch", "letterbox"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def draft(
     return Manifest(
         format=FORMAT,
         name=recipe.name or opened.source.name,
-        task="classify",
+        task="classify" if recipe.input.detector is None else "detect",
         labels=LABELS,
         preprocess=opened.source.preprocess,
         segments=tuple(
@@ -62,9 +62,20 @@ def draft(
             seed=recipe.seed,
             frames={role: len(positions) for role, positions in frames.roles.items()},
             frames_sha256=frames.sha256,
+            options=_options(recipe),
         ),
         files=(),
+        settings={} if recipe.input.detector is None else {"score_threshold": recipe.score_threshold},
     )
+
+
+def _options(recipe: Recipe) -> dict[str, str]:
+    """What has to be said again to open the same detector."""
+    detector = recipe.input.detector
+    if detector is None:
+        return {}
+    known = {"iou": f"{detector.iou_threshold:g}", "boxes": detector.boxes}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def last_exit(cut: int) -> ExitSpec:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 import click
 
-from export.source import Channels, InputOptions
+from export.detector_layout import BoxFormat
+from export.source import Channels, DetectorOptions, Fit, InputOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,6 +25,75 @@ _OPTIONS = (
     ),
     click.option("--bgr", is_flag=True, help="The model takes blue first."),
 )
+
+
+_DETECTOR_OPTIONS = (
+    click.option(
+        "--task",
+        type=click.Choice(["classify", "detect"]),
+        default="classify",
+        show_default=True,
+        help="What the model does; detectors are ONNX files.",
+    ),
+    click.option(
+        "--classes",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Detectors: a file with the name of one class a line; default: the names inside the model.",
+    ),
+    click.option(
+        "--score",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.5,
+        show_default=True,
+        help="Detectors: the least score of a box that is told.",
+    ),
+    click.option(
+        "--iou",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.6,
+        show_default=True,
+        help="Detectors: boxes of one class that overlap more are one object, where the model does not see to it.",
+    ),
+    click.option(
+        "--boxes",
+        type=click.Choice(get_args(BoxFormat)),
+        help="Detectors: the order of a box's sides, in shares of the input or in pixels, where names do not tell it.",
+    ),
+    click.option(
+        "--fit",
+        type=click.Choice(["crop", "stretch", "letterbox"]),
+        help="Detectors: how a frame becomes the input. [default: letterbox for YOLO, else stretch]",
+    ),
+)
+
+
+def takes_detector(command: Command) -> Command:
+    """Give a command the options of detectors; `detector_of` reads them."""
+    for option in reversed(_DETECTOR_OPTIONS):
+        command = option(command)
+    return command
+
+
+def detector_of(
+    task: str, classes: Path | None, iou: float, boxes: BoxFormat | None, fit: Fit | None
+) -> DetectorOptions | None:
+    """What the options say; None: the model is a classifier.
+
+    Raises:
+        click.UsageError: an option for detectors was given for a classifier.
+    """
+    if task == "classify":
+        given = [name for name, value in (("--classes", classes), ("--boxes", boxes), ("--fit", fit)) if value]
+        if given:
+            raise click.UsageError(f"{given[0]} is for detectors; add --task detect.")
+        return None
+    names = None
+    if classes is not None:
+        try:
+            names = tuple(filter(None, map(str.strip, classes.read_text("utf-8").splitlines())))
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--classes {classes} cannot be read as text; give one name a line.") from error
+    return DetectorOptions(boxes=boxes, names=names or None, iou_threshold=iou, fit=fit)
 
 
 def takes_input(command: Command) -> Command:

@@ -4,7 +4,7 @@ fit codecs, prove, write."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -19,6 +19,7 @@ from export.bundle import CALIBRATION, GOLDEN, LABELS, check_out, list_files, st
 from export.codecs import fit_codecs, measure_codecs
 from export.cuts import Cut
 from export.draft import draft, labels_of, last_exit, segment_file
+from export.evidence import evidence_model
 from export.exits_judge import accuracy
 from export.exits_stage import Trunk, choose_points, exits_ms, fit_exits
 from export.frames import FrameSet, load_frames
@@ -60,6 +61,8 @@ def export(recipe: Recipe, out: Path, report: Report, *, force: bool = False) ->
     frames = load_frames(recipe.frames, opened.source.preprocess, recipe.max_frames, recipe.seed)
     labels = None if recipe.labels is None else read_labels(recipe.labels, frames.names, labels_of(opened))
     report.note(", ".join(f"{len(positions)} {role}" for role, positions in frames.roles.items()))
+    if opened.raw is not None:
+        opened = replace(opened, evidence=evidence_model(opened.raw, frames.of("fit")))
     report.stage("run the whole float model")
     trunk = opened.simplified.trunk()
     everything = [frames.pixels[place : place + 1] for place in range(len(frames.pixels))]

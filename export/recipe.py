@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from onnx import ModelProto
+
 from export import exits, timing
 from export.cuts import Cut, default_cuts, list_cuts, named_cuts
+from export.detector import simplify_detector
 from export.frames import FrameSource, load_frames
 from export.graph import macs
 from export.quantize import quantize
@@ -31,6 +34,7 @@ class Recipe:
     tiers: tuple[str, ...] = DEFAULT_TIERS
     cuts: tuple[str, ...] = ()  # empty: the default rule
     agreement: float = 0.98
+    score_threshold: float = 0.5  # of a detector: the least score of a box that is told
     heads: Literal["auto", "linear", "branch"] = "auto"
     labels: Path | None = None  # a file with the true class of each picture
     sensitivity: Literal["gradients", "probes"] = "gradients"
@@ -53,6 +57,8 @@ class Opened:
     cuts: tuple[Cut, ...]
     macs: int  # of the whole trunk, for one frame
     own: dict[str, str]  # tensor of a cut → the model's own exit that hangs there
+    raw: ModelProto | None = None  # of a detector: FRAME → its candidates; None: they were not found
+    evidence: ModelProto | None = None  # FRAME → what its answers are made of; made of `raw` once there are frames
 
 
 def open_model(model: str, options: InputOptions, report: Report) -> Opened:
@@ -64,7 +70,13 @@ def open_model(model: str, options: InputOptions, report: Report) -> Opened:
     report.stage(f"open {model}")
     source = open_source(model, options)
     report.stage("simplify and find every cut")
-    simplified = simplify(source)
+    raw = None
+    if options.detector is None:
+        simplified = simplify(source)
+    else:
+        detector = simplify_detector(source, options.detector)
+        source, simplified, raw = detector.source, detector.simplified, detector.raw
+        report.note(f"a detector of {simplified.classes} classes, outputs: {detector.layout}")
     trunk = simplified.trunk()
     cuts = list_cuts(trunk, simplified.shapes)
     if not cuts:
@@ -80,7 +92,7 @@ def open_model(model: str, options: InputOptions, report: Report) -> Opened:
         own[tensor] = output
     report.note(f"{len(cuts)} cuts, {len(own)} exits of its own, batch {'open' if simplified.batchable else 'fixed'}")
     total = sum(macs(node, simplified.shapes) for node in trunk.graph.node)
-    return Opened(source, simplified, tuple(cuts), total, own)
+    return Opened(source, simplified, tuple(cuts), total, own, raw)
 
 
 def choose_cuts(opened: Opened, recipe: Recipe) -> list[Cut]:

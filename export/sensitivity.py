@@ -27,6 +27,7 @@ from runtime.segment_onnx import session_options
 Method = Literal["gradients", "probes"]
 
 BATCH = 8
+EVIDENCE_DRAWS = 4  # gradients of a frame, as boxes say more than one label does
 PROBE_RATIO = 0.3  # size of a push, in standard deviations of the features
 PROBE_MACS = 2.2e12  # what probing one cut may cost
 LEAST_PROBED = 4  # frames
@@ -43,6 +44,8 @@ class Tail:
     macs: int
     batch: int  # the largest it takes
     maps: bool  # (batch, channels, height, width) in the graph; else as it travels
+    # The output is evidence, half of whose squared change is a divergence in nats; else logits of one label.
+    evidence: bool = False
 
     def given(self, features: Array, layout: Layout) -> Array:
         """(n, positions, channels) as the graph takes it."""
@@ -101,16 +104,25 @@ def by_gradients(tail: Tail, features: Array, layout: Layout, seed: int) -> Arra
             limit = CLOSE * max(1.0, float(np.abs(expected).max()))
             if logits.shape != expected.shape or not np.abs(logits.detach().numpy() - expected).max() <= limit:
                 raise UnknownOperatorError("torch and onnxruntime do not agree on this graph")
-        drawn = torch.multinomial(torch.softmax(logits.detach(), 1), 1, generator=generator)
-        likelihood = torch.log_softmax(logits, 1).gather(1, drawn).sum()
-        (gradient,) = torch.autograd.grad(likelihood, given)
-        spectra = spectrum(tail.taken(gradient.numpy(), layout), layout)
-        for band in range(len(total)):
-            rows = spectra[:, layout.bands == band].reshape(-1, layout.channels).astype(np.float64)
-            total[band] += rows.T @ rows
+        draws = EVIDENCE_DRAWS if tail.evidence else 1
+        for _ in range(draws):
+            likelihood = _likelihood(logits, generator, evidence=tail.evidence)
+            (gradient,) = torch.autograd.grad(likelihood, given, retain_graph=True)
+            spectra = spectrum(tail.taken(gradient.numpy(), layout), layout)
+            for band in range(len(total)):
+                rows = spectra[:, layout.bands == band].reshape(-1, layout.channels).astype(np.float64)
+                total[band] += rows.T @ rows / draws
     sizes = np.array(layout.band_sizes)[:, np.newaxis, np.newaxis]
     mean: Array = (total / (len(features) * sizes)).astype(np.float32)
     return mean
+
+
+def _likelihood(outputs: torch.Tensor, generator: torch.Generator, *, evidence: bool) -> torch.Tensor:
+    """The log-likelihood, up to a constant, of an answer drawn from what the model says itself."""
+    if evidence:
+        return (outputs * torch.randn(outputs.shape, generator=generator)).sum()
+    drawn = torch.multinomial(torch.softmax(outputs.detach(), 1), 1, generator=generator)
+    return torch.log_softmax(outputs, 1).gather(1, drawn).sum()
 
 
 def by_probes(tail: Tail, features: Array, layout: Layout, seed: int, threads: int = 1) -> Array:
@@ -129,6 +141,8 @@ def by_probes(tail: Tail, features: Array, layout: Layout, seed: int, threads: i
         before = _logits(session, tail, features[frame : frame + 1], layout)[0]
         likely = np.exp(before - before.max())
         likely /= likely.sum()
+        if tail.evidence:
+            likely = np.ones_like(before)
         for band in range(bands):
             pattern = np.zeros((1, layout.positions, 1), np.float32)
             rows = layout.bands == band
@@ -137,7 +151,7 @@ def by_probes(tail: Tail, features: Array, layout: Layout, seed: int, threads: i
             strength = size / float(np.sqrt((pattern**2).mean()))
             pushed = features[frame] + strength * pattern[0] * directions[:, np.newaxis, :]
             change = (_logits(session, tail, pushed, layout) - before) / strength
-            mean = change @ likely
+            mean = np.zeros(len(change)) if tail.evidence else change @ likely
             # The pattern holds as many frequencies as the band; each has its share.
             total[band] += ((change * likely) @ change.T - np.outer(mean, mean)) / int(rows.sum())
     total /= len(picked)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from onnx import ModelProto
 
+from export.detector_layout import BoxFormat
 from runtime.errors import BundleError
 from runtime.manifest import PreprocessSpec
 
@@ -21,16 +22,28 @@ SOURCES = {
 }
 
 Channels = tuple[float, float, float]
+Fit = Literal["crop", "stretch", "letterbox"]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorOptions:
+    """What the command line says about a detector; None leaves it to the layout of its outputs."""
+
+    boxes: BoxFormat | None = None
+    names: tuple[str, ...] | None = None  # of the classes, by index
+    iou_threshold: float = 0.6  # where suppression is not in the graph yet
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class InputOptions:
-    """What the command line says about how pixels become the model's input; None leaves it to the source."""
+    """What the command line says about a model; None leaves it to the source."""
 
     size: tuple[int, int] | None = None  # height, width
     mean: Channels | None = None  # of pixels 0..1, per channel in the model's order
     std: Channels | None = None
     bgr: bool = False
+    detector: DetectorOptions | None = None  # None: a classifier
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,6 +203,7 @@ def _unsqueeze(values: Tensor, axes: Any) -> Tensor:
 
 _OPERATORS: dict[str, Op] = {
     "Add": torch.add,
+    "Asin": torch.asin,
     "AveragePool": _pool("average"),
     "BatchNormalization": _batch_norm,
     "Cast": lambda values, *, to: values.to(torch.from_numpy(np.zeros(0, helper.tensor_dtype_to_np_dtype(to))).dtype),
