@@ -33,7 +33,7 @@ def draft(
     return Manifest(
         format=FORMAT,
         name=recipe.name or opened.source.name,
-        task="classify" if recipe.input.detector is None else "detect",
+        task=recipe.task,
         labels=LABELS,
         preprocess=opened.source.preprocess,
         segments=tuple(
@@ -65,7 +65,7 @@ def draft(
             options=_options(recipe),
         ),
         files=(),
-        settings={} if recipe.input.detector is None else {"score_threshold": recipe.score_threshold},
+        settings=recipe.settings,
     )
 
 

@@ -150,7 +150,11 @@ def _share(fitted: Sequence[Fitted], frames: FrameSet) -> float:
         return 1.0
     rows = np.array(fit)
     worth = independent_share(
-        [values[rows].astype(np.float64) for made in fitted for values in (made.confidence, made.agrees)]
+        [
+            np.nan_to_num(values[rows].astype(np.float64), neginf=0.0)
+            for made in fitted
+            for values in (made.confidence, made.agrees)
+        ]
     )
     return 1 - float(np.mean(threshold)) * (1 - worth)
 

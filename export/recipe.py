@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from onnx import ModelProto
 
@@ -33,8 +33,9 @@ class Recipe:
     input: InputOptions = field(default_factory=InputOptions)
     tiers: tuple[str, ...] = DEFAULT_TIERS
     cuts: tuple[str, ...] = ()  # empty: the default rule
+    task: str = "classify"  # a key of runtime.task.TASKS
+    settings: dict[str, Any] = field(default_factory=dict)  # the task's own, for the manifest
     agreement: float = 0.98
-    score_threshold: float = 0.5  # of a detector: the least score of a box that is told
     heads: Literal["auto", "linear", "branch"] = "auto"
     labels: Path | None = None  # a file with the true class of each picture
     sensitivity: Literal["gradients", "probes"] = "gradients"
