@@ -72,6 +72,21 @@ class ReplayCamera:
             if not self._config.loop:
                 return
 
+    def length(self) -> int:
+        """How many frames the source has; of a clip, what its header says.
+
+        Raises:
+            CameraError: the source is missing, empty or damaged.
+        """
+        if not self._path.exists():
+            raise CameraError(f"camera {self._name}: {self._path} does not exist; give a video file or a folder")
+        if self._path.is_dir():
+            return len(self._images())
+        clip = self._open()
+        frames = int(clip.get(cv2.CAP_PROP_FRAME_COUNT))
+        clip.release()
+        return max(frames, 0)
+
     def close(self) -> None:
         """Make `frames` end, at once when it waits."""
         self._closed.set()

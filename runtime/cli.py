@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import click
 import msgspec
 
-from runtime.errors import KinflowError
+from runtime.errors import ConfigError, KinflowError
 
 COMMANDS = {
     "export": ("export.cli:export_command", "Turn a model and unlabelled frames into a bundle."),
@@ -23,10 +24,14 @@ COMMANDS = {
     "bench": ("export.bench:bench_group", "Measure what a bundle's codecs, exits and variants cost and give."),
     "device": ("runtime.cli:device_command", "Answer camera frames on this board."),
     "node": ("runtime.cli:node_command", "Serve deeper segments to devices or to other nodes."),
+    "ui": ("runtime.ui:ui_command", "Serve a web page of what cameras see and who answers."),
     "sim": ("runtime.sim:sim_command", "Run device, edge and cloud on this machine."),
     "demo": ("runtime.demo:demo_command", "Show it all on a real clip, with the bundle that ships."),
 }
 EXTRAS = {"export": "export", "bench": "export", "sim": "demo", "demo": "demo"}
+
+
+log = logging.getLogger(__name__)
 
 
 class _Lazy(click.Group):
@@ -97,22 +102,37 @@ def device_command(path: Path, as_json: bool, with_parent: bool) -> None:
 @click.option(
     "--config", "path", type=click.Path(path_type=Path), required=True, help="TOML; the least is a broker and a bundle."
 )
+@click.option(
+    "--ui", is_flag=True, help="Serve the page of `kinflow ui` as well; so does a table [ui] in the settings."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the counters as a JSON line on stdout at the end.")
 @click.option("--with-parent", is_flag=True, hidden=True)
-def node_command(path: Path, as_json: bool, with_parent: bool) -> None:
+def node_command(path: Path, ui: bool, as_json: bool, with_parent: bool) -> None:
     """Take features in, batch them across devices, run deeper segments, answer or escalate to the next node."""
     from runtime import config
     from runtime.node import Node
 
-    node = Node(config.load(path, config.NodeConfig))
-    _serve(node, node.tier_name, as_json, with_parent)
+    settings = config.load(path, config.NodeConfig)
+    node = Node(settings)
+    with contextlib.ExitStack() as stack:
+        if ui or settings.ui is not None:
+            from runtime.ui import Page, require
+
+            require()
+            where = settings.ui or config.UiConfig()
+            try:
+                page = stack.enter_context(Page(path, where.host, where.port))
+                log.info("the page will be at %s", page.address)
+            except ConfigError as error:  # who serves does not stop because nobody can look on
+                log.warning("%s; going on without the page", error)
+        _serve(node, node.tier_name, as_json, with_parent)
 
 
 def _serve(tier: Any, name: str, as_json: bool, with_parent: bool) -> None:
     """Run a device or a node until it ends by itself or a signal comes; then print its counters."""
     stop = threading.Event()
     if with_parent:
-        threading.Thread(target=_stop_without_parent, args=(stop,), name="kinflow-parent", daemon=True).start()
+        threading.Thread(target=stop_without_parent, args=(stop,), name="kinflow-parent", daemon=True).start()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         stop.set()  # and no more: a handler that takes a lock its own thread holds would hang
@@ -126,7 +146,7 @@ def _serve(tier: Any, name: str, as_json: bool, with_parent: bool) -> None:
         sys.stdout.buffer.flush()
 
 
-def _stop_without_parent(stop: threading.Event) -> None:
+def stop_without_parent(stop: threading.Event) -> None:
     """Standard input is a pipe that nobody writes to: it ends when the process that started us does."""
     while os.read(0, 4096):  # not by sys.stdin, whose lock this thread would hold when the interpreter ends
         pass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import webbrowser
 import zipfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import click
 from runtime import manifest
 from runtime.config import CameraConfig
 from runtime.errors import CameraError
-from runtime.sim import present
+from runtime.sim import present, tell_page
 from runtime.simulation import TIERS, Simulation
 
 REFERENCE = Path(__file__).parent / "reference" / "lite0"
@@ -54,6 +56,18 @@ def fetch_clip(folder: Path) -> Path:
     return clip
 
 
+def has_display() -> bool:
+    """Whether a browser could show something to whoever sits here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def open_page(address: str) -> None:
+    """Say where the page is, and show it."""
+    tell_page(address)
+    with contextlib.suppress(webbrowser.Error):
+        webbrowser.open(address)
+
+
 @click.command()
 @click.option("--source", help="A clip or a folder of images of your own; default: street traffic, fetched once.")
 @click.option(
@@ -64,21 +78,35 @@ def fetch_clip(folder: Path) -> Path:
     "jpeg:QUALITY for the frame itself; auto: transform where the bundle has it, else raw.",
 )
 @click.option("--no-exits", is_flag=True, help="No early answers: every frame goes through the whole chain.")
+@click.option("--no-ui", is_flag=True, help="No web page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per frame, then one with the summary.")
-def demo_command(source: str | None, codec: str, no_exits: bool, as_json: bool) -> None:
-    """Play a clip through device, edge and cloud on this machine, and sum up who answered and what it cost."""
+def demo_command(source: str | None, codec: str, no_exits: bool, no_ui: bool, as_json: bool) -> None:
+    """Play a clip through device, edge and cloud on this machine, and sum up who answered and what it cost.
+
+    A web page shows it while it runs. Where there is a display, a browser opens it, and the clip is played again and
+    again until Ctrl-C.
+    """
+    watched = not no_ui and not as_json and sys.stdout.isatty() and has_display()
     start_s = time.monotonic()
     bundle = manifest.load(REFERENCE)
     if source is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kinflow"
-        camera = CameraConfig(kind="replay", source=str(fetch_clip(cache)), first_frame=CLIP_FIRST_FRAME)
+        camera = CameraConfig(kind="replay", source=str(fetch_clip(cache)), first_frame=CLIP_FIRST_FRAME, loop=watched)
     else:
-        camera = CameraConfig(kind="replay", source=source)
+        camera = CameraConfig(kind="replay", source=source, loop=watched)
     click.echo(
         f"bundle {bundle.manifest.name} {bundle.key8}: device, edge and cloud as processes, MQTT between them",
         err=True,
     )
-    simulation = Simulation(bundle, camera, tiers=TIERS, codec=codec, early_exits=not no_exits)
+    simulation = Simulation(
+        bundle,
+        camera,
+        tiers=TIERS,
+        codec=codec,
+        early_exits=not no_exits,
+        preview=not no_ui,  # broker and page are this machine's own, so no picture leaves it
+        on_page=None if no_ui else open_page if watched else tell_page,
+    )
     summary = present(simulation, bundle, camera, as_json=as_json)
     if not as_json:
         if not no_exits and summary.tiers[TIERS[0]].frames == summary.degraded_frames:

@@ -60,10 +60,16 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
         for line in simulation.lines():
             lines.append(line)
             show(line)
-    prefix = f'frames_dropped_total{{camera="{CAMERA}",reason="'
     device = simulation.counters.get("device", {})
     # What the device dropped after taking it is among the lines already.
-    slots = {reason: device.get(f'{prefix}{reason}"}}', 0) for reason in ("stale", "stopping")}
+    slots = {
+        reason: sum(
+            count
+            for name, count in device.items()
+            if name.startswith("frames_dropped_total{") and name.endswith(f'reason="{reason}"}}')
+        )
+        for reason in ("stale", "stopping")
+    }
     uplink = simulation.counters.get("edge", {}).get("offload_bytes_total", 0) if len(simulation.tiers) > 2 else None
     return summarize(
         lines,
@@ -92,15 +98,21 @@ def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_
     return summary
 
 
+def tell_page(address: str) -> None:
+    """Say where the page is."""
+    click.echo(f"the page is at {address}", err=True)
+
+
 def plain(line: Line) -> str:
     """A line of a run for a person."""
+    name = "" if line.camera == CAMERA else f"  {line.camera}"
     if isinstance(line, Dropped):
-        return f"{line.frame:>6}  {'-':<7}{line.dropped:<34}"
+        return f"{line.frame:>6}  {'-':<7}{line.dropped:<34}{name}"
     words = f"{line.label:.30}"
     flag = "" if line.degraded is None else f"  degraded: {line.degraded}"
     return (
         f"{line.frame:>6}  {line.tier:<7}exit {line.exit}  {words:<31}{line.confidence:>5.2f}"
-        f"{line.bytes_up:>9,} B{line.age_ms:>9.1f} ms{flag}"
+        f"{line.bytes_up:>9,} B{line.age_ms:>9.1f} ms{flag}{name}"
     )
 
 
@@ -135,6 +147,15 @@ def plain(line: Line) -> str:
 @click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
 @click.option("--loop", is_flag=True, help="Start again at the end of the source.")
 @click.option(
+    "--cameras",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="So many cameras on the device, each beginning at another place of the source.",
+)
+@click.option("--ui", is_flag=True, help="Serve a web page of the run, on this machine only; its address is printed.")
+@click.option("--preview", is_flag=True, help="With --ui: the cameras' pictures behind the boxes.")
+@click.option(
     "--budget-ms", type=click.IntRange(1), default=2000, show_default=True, help="A frame is answered within this."
 )
 @click.option(
@@ -157,6 +178,9 @@ def sim_command(
     first_frame: int,
     frames: int | None,
     loop: bool,
+    cameras: int,
+    ui: bool,
+    preview: bool,
     budget_ms: int,
     max_in_flight: int,
     as_json: bool,
@@ -176,6 +200,9 @@ def sim_command(
         early_exits=not no_exits,
         budget_ms=budget_ms,
         max_in_flight=max_in_flight,
+        cameras=cameras,
+        preview=preview,
+        on_page=tell_page if ui else None,
     )
     present(simulation, loaded, camera, as_json=as_json)
 

@@ -12,20 +12,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from runtime.camera_replay import ReplayCamera
 from runtime.codec import find_rate
-from runtime.config import BrokerConfig, CameraConfig
+from runtime.config import BrokerConfig, CameraConfig, UiConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, Result
 from runtime.errors import ConfigError, KinflowError, LinkError
 from runtime.link import Handler, open_link
 from runtime.manifest import Bundle
 from runtime.topics import Subtree
+from runtime.ui import Page, free_port
 from runtime.variant import with_variant
 
 START_S = 30.0
@@ -33,12 +35,27 @@ STOP_S = 10.0
 KNOCK_S = 3.0
 TIERS = ("device", "edge", "cloud")
 CAMERA = "cam0"
+WATCHED_STATS_S = 2.0  # whoever looks at the page wants counters sooner
 
 Line = Result | Dropped
 
 
+def spread(camera: CameraConfig, count: int) -> dict[str, CameraConfig]:
+    """So many cameras, cam0, cam1, …, of one source, each beginning at another place of it.
+
+    Raises:
+        CameraError: the source is missing, empty or damaged.
+    """
+    rest = max(0, ReplayCamera(CAMERA, camera).length() - camera.first_frame) if count > 1 else 0
+    starts = [camera.first_frame + rest * index // count for index in range(count)]
+    return {f"cam{index}": msgspec.structs.replace(camera, first_frame=start) for index, start in enumerate(starts)}
+
+
 class Simulation:
-    """The processes of one run, started from `start` on, ended when the context ends."""
+    """The processes of one run, started from `start` on, ended when the context ends.
+
+    `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
+    """
 
     def __init__(
         self,
@@ -52,6 +69,9 @@ class Simulation:
         early_exits: bool = True,
         budget_ms: int = 2000,
         max_in_flight: int = 4,
+        cameras: int = 1,
+        preview: bool = False,
+        on_page: Callable[[str], None] | None = None,
     ) -> None:
         if tuple(tiers) not in {TIERS[:1], TIERS[:2], TIERS}:
             raise ConfigError(f"--tiers {','.join(tiers)}: choose device, device,edge or device,edge,cloud")
@@ -59,10 +79,14 @@ class Simulation:
             find_rate(bundle, 0 if codec.startswith("jpeg") else bundle.manifest.tiers[0].last_segment + 1, codec)
         with_variant(bundle, variant)
         self._bundle = bundle
-        self._camera = camera
+        self._cameras = spread(camera, cameras)
+        self._preview = {"preview": {"enabled": True}} if preview else {}
+        self._on_page = on_page
+        self._page: Page | None = None
         self.tiers = tuple(tiers)
         self._broker = broker
-        self._settings = {"early_exits": early_exits}
+        self._settings: dict[str, Any] = {"early_exits": early_exits}
+        self._settings |= {} if on_page is None else {"stats_interval_s": WATCHED_STATS_S}
         self._device_settings = {
             "codec": codec,
             "variant": variant,
@@ -82,7 +106,14 @@ class Simulation:
             else:
                 self._broker_config = BrokerConfig(host=self._broker[0], port=self._broker[1])
                 _knock(*self._broker)
+            if self._on_page is not None:
+                where = UiConfig()
+                config = self._write("page", {}, {})
+                self._page = stack.enter_context(Page(config, where.host, free_port(where.host, where.port)))
             self._start_nodes(stack)
+            if self._page is not None and self._on_page is not None:
+                self._page.wait()
+                self._on_page(self._page.address)
             self._stack = stack.pop_all()
         return self
 
@@ -97,7 +128,8 @@ class Simulation:
         """
         settings = dict(self._settings, **self._device_settings)
         last = self._last_segments()["device"]
-        config = self._write("device", {"last_segment": last, **settings}, {f"camera.{CAMERA}": _table(self._camera)})
+        tables = {f"camera.{name}": _table(camera) for name, camera in self._cameras.items()}
+        config = self._write("device", {"last_segment": last, **settings}, {**tables, **self._preview})
         with _process(["device", "--config", str(config), "--json"]) as device:
             assert device.stdout is not None
             for line in device.stdout:

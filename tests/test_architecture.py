@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 350
 
 # A module may import from its own layer and from those above it in this table, never from one below.
+UI = ("ui", "ui_state", "ui_messages", "ui_view", "ui_charts", "ui_page")
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
@@ -45,14 +46,14 @@ LAYERS = (
         "preview",
     },  # and every variant of a seam
     {"device", "node"},
-    {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli"},
+    {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli", *UI},
 )
 SEAMS = ("camera", "codec", "segment", "link", "task", "events")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
 TIERS = 4
 FORBIDDEN_ON_A_DEVICE = (
     *("torch", "onnx", "optimum", "transformers", "matplotlib", "rich", "amqtt"),
-    *("fastapi", "flask", "aiohttp", "pydantic"),
+    *("fastapi", "flask", "aiohttp", "pydantic", "nicegui", "uvicorn"),
 )
 
 SOURCES = sorted(path for package in ("runtime", "export") for path in (ROOT / package).rglob("*.py"))
