@@ -62,8 +62,8 @@ class CaptionJudge:
         return first
 
     def marks(self, said: Outputs, wanted: Outputs) -> Marks:
-        pairs = [(set(np.argsort(-left)[:2]), set(np.argsort(-right)[:2])) for left, right in zip(said, wanted, strict=True)]
-        return np.array([(len(left & right), 2) for left, right in pairs], np.int64)
+        both = zip(np.argsort(-said, axis=1)[:, :2], np.argsort(-wanted, axis=1)[:, :2], strict=True)
+        return np.array([(len({*left} & {*right}), 2) for left, right in both], np.int64)
 
     def divergence(self, wanted: Outputs, said: Outputs) -> NDArray[np.float64]:
         marks = self.marks(said, wanted)

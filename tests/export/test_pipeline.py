@@ -103,7 +103,7 @@ def test_a_final_softmax_is_removed(net: str) -> None:
 
 
 def test_a_bundle_below_its_tolerance_is_not_written(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"mean cosine of 0\.9.* below 1; .*--float"):
+    with pytest.raises(BundleError, match=r"mean cosine of the logits 0\.9.* below 1; .*--float"):
         export(replace(recipe, min_likeness=1.0), tmp_path / "out", SILENT)
     assert list(tmp_path.iterdir()) == []
 
