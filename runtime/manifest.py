@@ -17,7 +17,7 @@ import msgspec
 from runtime.bundle_files import present, verified
 from runtime.errors import BundleError
 
-FORMAT = 2  # 2: codec transform, tables of exit thresholds, variants; 1 is read as well
+FORMAT = 3  # 3: tasks; 2: codec transform, tables of exit thresholds, variants; both and 1 are read
 MANIFEST = "manifest.json"
 ID_BYTES = 8  # of the bundle id, in a packet and in a topic
 # Files that may lie beside the contract without being part of it: measurements, which differ from machine to machine.
