@@ -27,7 +27,6 @@ from runtime.segment_onnx import session_options
 Method = Literal["gradients", "probes"]
 
 BATCH = 8
-EVIDENCE_DRAWS = 4  # gradients of a frame, as boxes say more than one label does
 PROBE_RATIO = 0.3  # size of a push, in standard deviations of the features
 PROBE_MACS = 2.2e12  # what probing one cut may cost
 LEAST_PROBED = 4  # frames
@@ -104,14 +103,11 @@ def by_gradients(tail: Tail, features: Array, layout: Layout, seed: int) -> Arra
             limit = CLOSE * max(1.0, float(np.abs(expected).max()))
             if logits.shape != expected.shape or not np.abs(logits.detach().numpy() - expected).max() <= limit:
                 raise UnknownOperatorError("torch and onnxruntime do not agree on this graph")
-        draws = EVIDENCE_DRAWS if tail.evidence else 1
-        for _ in range(draws):
-            likelihood = _likelihood(logits, generator, evidence=tail.evidence)
-            (gradient,) = torch.autograd.grad(likelihood, given, retain_graph=True)
-            spectra = spectrum(tail.taken(gradient.numpy(), layout), layout)
-            for band in range(len(total)):
-                rows = spectra[:, layout.bands == band].reshape(-1, layout.channels).astype(np.float64)
-                total[band] += rows.T @ rows / draws
+        (gradient,) = torch.autograd.grad(_likelihood(logits, generator, evidence=tail.evidence), given)
+        spectra = spectrum(tail.taken(gradient.numpy(), layout), layout)
+        for band in range(len(total)):
+            rows = spectra[:, layout.bands == band].reshape(-1, layout.channels).astype(np.float64)
+            total[band] += rows.T @ rows
     sizes = np.array(layout.band_sizes)[:, np.newaxis, np.newaxis]
     mean: Array = (total / (len(features) * sizes)).astype(np.float32)
     return mean
