@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from export.detector_candidates import find_candidates
+from export.detector_candidates import append_candidates, find_candidates
 from export.detector_layout import Layout, Output, recognize
 from export.detector_rows import (
     FIELDS,
@@ -80,18 +80,21 @@ def simplify_detector(source: Source, options: DetectorOptions) -> Detector:
     labels = _labels(source, layout, options)
     _name_epilogue(model)
     build = Builder()
+    candidates: str | None = None
     if layout.kind in ("yolo", "yolo with objectness"):
         found = _yolo(build, layout, shapes, size)
-        rows = suppress(build, found, options.iou_threshold, LEAST_SCORE)
-        candidates: str | None = build.add("Concat", found.boxes, found.scores, axis=2)
+        rows, count = suppress(build, found, options.iou_threshold, LEAST_SCORE), min(ROWS, found.count)
+        candidates = build.add("Concat", found.boxes, found.scores, axis=2)
     else:
-        rows = _listed(build, layout, shapes, size, labels)
-        candidates = find_candidates(model, build, layout, size)
+        rows, count = _listed(build, layout, shapes, size, labels)
+        proposed = find_candidates(model, layout)
+        if proposed is not None:
+            candidates = append_candidates(model, build, proposed, layout, size)
     rows = within_input(build, rows)
     build.append_to(model)
-    shapes = _declare(model, {CANDIDATES: candidates, LOGITS: rows})
+    _declare(model, {CANDIDATES: (candidates, None), LOGITS: (rows, (1, count, FIELDS))})
     add_prologue(model, source)
-    shapes |= static_shapes(model)
+    shapes = static_shapes(model)
     opened = open_batch(model, shapes)
     whole = extract(opened, list(opened.graph.input), [opened.graph.output[-1]], "whole")
     raw = None
@@ -172,8 +175,8 @@ def _yolo(build: Builder, layout: Layout, shapes: Mapping[str, Shape], size: tup
 
 def _listed(
     build: Builder, layout: Layout, shapes: Mapping[str, Shape], size: tuple[int, int], labels: tuple[str, ...]
-) -> str:
-    """Rows of a graph that suppresses by itself."""
+) -> tuple[str, int]:
+    """Rows of a graph that suppresses by itself, and how many they are."""
     pixels = size if layout.pixels else None
     if layout.kind == "rows":
         table = layout.outputs["table"]
@@ -202,18 +205,17 @@ def _listed(
     if count is None:
         # So that there are enough to choose from.
         rows = build.add("Concat", rows, build.value(np.zeros((1, ROWS, FIELDS), np.float32)), axis=1)
-    return best_rows(build, rows, LEAST_SCORE, min(ROWS, count or ROWS))
+    most = min(ROWS, count or ROWS)
+    return best_rows(build, rows, LEAST_SCORE, most), most
 
 
-def _declare(model: ModelProto, made: Mapping[str, str | None]) -> dict[str, Shape]:
-    """Make these tensors, where there are any, the graph's outputs by their new names."""
+def _declare(model: ModelProto, made: Mapping[str, tuple[str | None, Shape | None]]) -> None:
+    """Make these tensors, where there are any, the graph's outputs by their new names; a shape of None is inferred."""
     del model.graph.output[:]
-    for name, tensor in made.items():
+    for name, (tensor, shape) in made.items():
         if tensor is not None:
-            model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
+            model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
             rename(model, tensor, name)
-    shapes = static_shapes(model)
-    return {name: shapes[name] for name, tensor in made.items() if tensor is not None and name in shapes}
 
 
 def _takes_batch(whole: ModelProto, shape: Shape) -> bool:

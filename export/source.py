@@ -16,6 +16,7 @@ from runtime.manifest import PreprocessSpec
 # How MODEL is written → who opens it. The modules import heavy packages and are loaded only when they are needed.
 SOURCES = {
     "lite0": "export.source_lite0:open_lite0",
+    "pedestrian": "export.source_pedestrian:open_pedestrian",
     "onnx": "export.source_onnx:open_onnx",
     "torch": "export.source_torch:open_torch",
     "huggingface": "export.source_huggingface:open_huggingface",

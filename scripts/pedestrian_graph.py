@@ -8,6 +8,7 @@ first class being 1, and num_detections (1).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -16,9 +17,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from export.detector_rows import ROWS, Builder, Candidates, suppress
-from export.graph import copy_of, finish
+from export.graph import copy_of, finish, rename
 
 SIZE = 300
+INPUT = "image"
+FIELDS = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
+LABELS = ("person",)
+TOLD = 0.05  # rows below this score are noise, and come in any order
 IOU_THRESHOLD = 0.6  # as in the frozen graph, read from its own constants
 LEAST_SCORE = 1e-8
 BOX_SCALES = (10.0, 10.0, 5.0, 5.0)  # of encoded y, x, height, width
@@ -34,6 +39,34 @@ SCOPES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a detector says of frames: float32 (frames, 100, 4), (frames, 100), (frames, 100), (frames,)."""
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    classes: NDArray[np.float32]
+    number: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """The greatest differences between two answers."""
+
+    scores: float  # of all rows
+    boxes: float  # of rows with a score of TOLD; infinite where their classes differ
+    rows: int  # that are told
+
+
+def differences(said: Answers, wanted: Answers) -> Differences:
+    """Compare row by row."""
+    told = wanted.scores >= TOLD
+    boxes = float(np.abs(said.boxes - wanted.boxes)[told].max(initial=0.0))
+    if not np.array_equal(said.classes[told], wanted.classes[told]):
+        boxes = np.inf
+    return Differences(float(np.abs(said.scores - wanted.scores).max(initial=0.0)), boxes, int(told.sum()))
+
+
 def assemble(heads: ModelProto, anchors: NDArray[np.float32]) -> ModelProto:
     """The whole detector.
 
@@ -43,6 +76,7 @@ def assemble(heads: ModelProto, anchors: NDArray[np.float32]) -> ModelProto:
     """
     model: ModelProto = onnxslim.slim(copy_of(heads))
     rename_scopes(model)
+    rename(model, model.graph.input[0].name, INPUT)
     boxes, logits = (output.name for output in model.graph.output)
     build = Builder(prefix="detect/")
     scores = build.add("Sigmoid", build.columns(logits, PERSON))
@@ -62,11 +96,14 @@ def assemble(heads: ModelProto, anchors: NDArray[np.float32]) -> ModelProto:
         build.nodes.append(helper.make_node("Identity", [made], [name], f"detect/{name}"))
     build.append_to(model)
     del model.graph.output[:]
-    shapes = {"detection_boxes": (1, ROWS, 4), "num_detections": (1,)}
+    most = min(ROWS, len(anchors))
+    shapes = {"detection_boxes": (1, most, 4), "num_detections": (1,)}
     model.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes.get(name, (1, ROWS))) for name in fields
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes.get(name, (1, most))) for name in fields
     )
     finish(model)
+    # Where Ultralytics' models have theirs, too.
+    model.metadata_props.add(key="names", value=repr(dict(enumerate(LABELS))))
     onnx.checker.check_model(model, full_check=True)
     return model
 
