@@ -43,6 +43,7 @@ JPEG_QUALITIES = (50, 75, 90)
 # Multiples of the step at which noise of a twelfth of its square in every coefficient costs TRIED_NATS.
 TRIED = tuple(2.0 ** (power / 2) for power in range(-3, 6))
 TRIED_NATS = 0.05
+MOST_TRIED = 18  # with the coarser ones that follow while the answers hardly change
 MAX_VALUES = 1 << 27  # of features held at once; frames are thinned out beyond
 # Where the segments alone already miss an agreement, the codec may add this share of what it allows to be wrong.
 ADDED_RATIO = 0.25
@@ -219,17 +220,22 @@ def _choose_steps(
     """The step of every rate, coarsest first: (rates,)."""
     session = ort.InferenceSession(decoder.SerializeToString(), session_options(1))
     ceiling = place.kept([_output(place.segments, features) for features in place.features])
-    tried = _unit(coefficients) * np.array(TRIED)
-    kept = []
-    for step in report.track(list(tried), "rates"):
+
+    def kept_at(step: float) -> float:
         levels = np.clip(np.rint(coefficients / np.float32(step)), -MAX_LEVEL, MAX_LEVEL)
-        restored = values_of(levels, float(step), centroids_of(coefficients, float(step)))
+        restored = values_of(levels, step, centroids_of(coefficients, step))
         said = [
             _output(place.segments, session.run(None, {transform_model.COEFFICIENTS: row[np.newaxis]})[0])
             for row in restored
         ]
-        kept.append(place.kept(said, place.thinned))
-    return crossings(tried, np.array(kept), float(ceiling), len(coefficients), AGREEMENTS)
+        return place.kept(said, place.thinned)
+
+    tried = list(_unit(coefficients) * np.array(TRIED))
+    kept = [kept_at(float(step)) for step in report.track(tried, "rates")]
+    while kept[-1] > AGREEMENTS[0] and len(tried) < MOST_TRIED:
+        tried.append(tried[-1] * np.sqrt(2))
+        kept.append(kept_at(float(tried[-1])))
+    return crossings(np.array(tried), np.array(kept), float(ceiling), len(coefficients), AGREEMENTS)
 
 
 def crossings(
