@@ -1,12 +1,12 @@
 """How the page says it: words, numbers, SVG and chart options, made of what `ui_state` knows. Pure.
 
-Labels, names and reasons come from outside; `escape` stands around every one of them.
+Labels, names and reasons come from outside; `harmless` stands around every one of them.
 """
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
-from html import escape
 
 from runtime.ui_messages import Said
 from runtime.ui_state import WINDOW_S, Camera, Loss, Machine, Site, TierFigures
@@ -35,6 +35,13 @@ REASONS = {
     "refused": "a node refused it",
     "no uplink": "no tier above",
 }
+
+
+def harmless(words: str) -> str:
+    """Words from outside as HTML and SVG: no markup, and nothing unseen, such as what turns writing around."""
+    if not words.isprintable():
+        words = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
+    return html.escape(words)
 
 
 def colour(tier: str, tiers: list[str]) -> str:
@@ -67,7 +74,7 @@ def drawing(camera: Camera, tiers: list[str]) -> str:
     head = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet" role="img"'
     if said is None:
         return f'{head} aria-label="no answer yet">{_middle(width, height, "no answer yet")}</svg>'
-    parts = [f'{head} aria-label="{escape(said.label)}">']
+    parts = [f'{head} aria-label="{harmless(said.label)}">']
     if said.answer.boxes is not None:
         parts += _boxes(said, width, height, colour(said.tier, tiers))
         if not said.answer.boxes and camera.preview is None:
@@ -80,7 +87,9 @@ def drawing(camera: Camera, tiers: list[str]) -> str:
 
 
 def _middle(width: int, height: int, words: str) -> str:
-    return f'<text class="kf-none" x="{width / 2}" y="{height / 2}" font-size="{width / 26:.1f}">{escape(words)}</text>'
+    return (
+        f'<text class="kf-none" x="{width / 2}" y="{height / 2}" font-size="{width / 26:.1f}">{harmless(words)}</text>'
+    )
 
 
 def _boxes(said: Said, width: int, height: int, stroke: str) -> list[str]:
@@ -98,7 +107,7 @@ def _boxes(said: Said, width: int, height: int, stroke: str) -> list[str]:
             f'<rect x="{shown:.1f}" y="{above:.1f}" width="{letter * (0.55 * len(words) + 0.6):.1f}" '
             f'height="{letter * 1.35:.1f}" rx="{width / 300:.1f}" fill="{stroke}"/>'
             f'<text x="{shown + letter * 0.3:.1f}" y="{above + letter:.1f}" font-size="{letter:.1f}" fill="#fff">'
-            f"{escape(words)}</text>"
+            f"{harmless(words)}</text>"
         )
     return parts
 
@@ -112,7 +121,7 @@ def _bars(best: Iterable[tuple[str, float]], width: int, height: int) -> list[st
         name = label if len(label) <= 30 else f"{label[:29]}…"
         bar = f'x="{left:.1f}" y="{y + letter * 0.5:.1f}" height="{letter * 0.3:.1f}"'
         parts.append(
-            f'<text class="kf-bar" x="{left:.1f}" y="{y:.1f}" font-size="{letter:.1f}">{escape(name)}</text>'
+            f'<text class="kf-bar" x="{left:.1f}" y="{y:.1f}" font-size="{letter:.1f}">{harmless(name)}</text>'
             f'<text class="kf-bar kf-end" x="{left + full:.1f}" y="{y:.1f}" font-size="{letter:.1f}">{score:.2f}</text>'
             f'<rect class="kf-track" {bar} width="{full:.1f}"/><rect class="kf-fill" {bar} width="{full * score:.1f}"/>'
         )
@@ -121,13 +130,13 @@ def _bars(best: Iterable[tuple[str, float]], width: int, height: int) -> list[st
 
 def chip(tier: str, tiers: list[str]) -> str:
     """A tier's name behind a dot of its colour."""
-    return f'<span class="kf-chip"><i style="background:{colour(tier, tiers)}"></i>{escape(tier)}</span>'
+    return f'<span class="kf-chip"><i style="background:{colour(tier, tiers)}"></i>{harmless(tier)}</span>'
 
 
 def state(words: str, good: bool | None) -> str:
     """A word of state behind a dot: good, bad, or neither."""
     kind = {True: "good", False: "bad", None: "unknown"}[good]
-    return f'<span class="kf-state kf-{kind}"><i></i>{escape(words)}</span>'
+    return f'<span class="kf-state kf-{kind}"><i></i>{harmless(words)}</span>'
 
 
 def title(camera: Camera, machine: Machine | None) -> str:
@@ -137,7 +146,7 @@ def title(camera: Camera, machine: Machine | None) -> str:
     if machine is not None and machine.online is False:
         status, good = "device offline", False
     return (
-        f'<span class="kf-name">{escape(camera.name)}</span><span class="kf-dim">{escape(camera.device)}</span>'
+        f'<span class="kf-name">{harmless(camera.name)}</span><span class="kf-dim">{harmless(camera.device)}</span>'
         f'<span class="kf-space"></span>{state(status, good)}'
     )
 
@@ -154,7 +163,7 @@ def caption(camera: Camera, tiers: list[str]) -> str:
         f"{size(said.bytes_up)} up" if said.bytes_up else "nothing sent",
     ]
     return (
-        f'<div class="kf-label"><span>{escape(said.label)}</span><b>{said.confidence:.2f}</b></div>'
+        f'<div class="kf-label"><span>{harmless(said.label)}</span><b>{said.confidence:.2f}</b></div>'
         f'<div class="kf-sure"><i style="width:{said.confidence:.0%};background:{colour(said.tier, tiers)}"></i></div>'
         f'<div class="kf-meta">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
     )
@@ -167,7 +176,7 @@ def flags(camera: Camera, now_s: float) -> str:
         return ""
     found = []
     if said.degraded is not None:
-        found.append(f'<span class="kf-flag kf-bad">degraded: {escape(said.degraded)}</span>')
+        found.append(f'<span class="kf-flag kf-bad">degraded: {harmless(said.degraded)}</span>')
     if said.repeats is not None:
         found.append(f'<span class="kf-flag">repeats frame {said.repeats:,}</span>')
     silent_s = now_s - camera.said_s
@@ -200,8 +209,8 @@ def details(camera: Camera) -> str:
 
 
 def _table(heading: str, rows: list[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<section class="kf-part"><h3>{escape(heading)}</h3><table>{body}</table></section>'
+    body = "".join(f"<tr><td>{harmless(name)}</td><td>{harmless(value)}</td></tr>" for name, value in rows)
+    return f'<section class="kf-part"><h3>{harmless(heading)}</h3><table>{body}</table></section>'
 
 
 def summary(site: Site, figures: list[TierFigures], now_s: float) -> str:
@@ -241,7 +250,7 @@ def summary(site: Site, figures: list[TierFigures], now_s: float) -> str:
             (duration(site.median_age_ms()) if figures else "–", "median age", ages),
         ]
     return "".join(
-        f'<div class="kf-tile"><b>{escape(number)}</b><span>{escape(what)}</span><small>{escape(more)}</small></div>'
+        f'<div class="kf-tile"><b>{number}</b><span>{what}</span><small>{harmless(more)}</small></div>'
         for number, what, more in tiles
     )
 
@@ -274,7 +283,7 @@ def losses(found: list[Loss], machines: Iterable[Machine]) -> str:
             rows.append(f'<tr><th colspan="2">{heading}</th><th>{sum(loss.count for loss in of_it):,}</th></tr>')
         for loss in of_it:
             words = REASONS.get(loss.reason, loss.reason or "no reason told")
-            rows.append(f"<tr><td>{escape(words)}</td><td>{escape(loss.machine)}</td><td>{loss.count:,}</td></tr>")
+            rows.append(f"<tr><td>{harmless(words)}</td><td>{harmless(loss.machine)}</td><td>{loss.count:,}</td></tr>")
     return f'<table class="kf-wide kf-losses">{"".join(rows)}</table>'
 
 
@@ -287,7 +296,7 @@ def machines(site: Site, now_s: float) -> str:
     if odd:
         names = ", ".join(sorted(name for _, name in odd))
         parts.append(
-            f'<p class="kf-warning">Not every machine holds the same bundle: {escape(names)} '
+            f'<p class="kf-warning">Not every machine holds the same bundle: {harmless(names)} '
             f"differ{'s' if len(odd) == 1 else ''} from the others. Nodes refuse features of another bundle.</p>"
         )
     for key, machine in sorted(site.machines.items()):
@@ -306,11 +315,11 @@ def _machine(machine: Machine, odd: bool, cameras: list[Camera], now_s: float) -
     rows = []
     if birth is not None:
         mark = ' <span class="kf-flag kf-bad">differs</span>' if odd else ""
-        rows.append(("bundle", f"<code>{escape(birth.bundle[:8]) or '–'}</code>{mark}"))
+        rows.append(("bundle", f"<code>{harmless(birth.bundle[:8]) or '–'}</code>{mark}"))
         rows.append(("segments", f"up to {birth.last_segment}" if birth.last_segment is not None else "–"))
         rows += [("variant", str(birth.variant))] if birth.variant else []
-        rows += [("codec", escape(birth.codec))] if birth.codec else []
-        rows.append(("software", escape(f"Kinflow {birth.kinflow} · {birth.machine}")))
+        rows += [("codec", harmless(birth.codec))] if birth.codec else []
+        rows.append(("software", harmless(f"Kinflow {birth.kinflow} · {birth.machine}")))
     if machine.stats_s is not None:
         made, broken = machine.total("link_connects_total"), machine.total("link_disconnects_total")
         rows += [("link", f"connected {made}×, broken {broken}×")] if made else []
@@ -318,17 +327,17 @@ def _machine(machine: Machine, odd: bool, cameras: list[Camera], now_s: float) -
     for camera in cameras:
         rows.append(
             (
-                escape(camera.name),
+                harmless(camera.name),
                 state(camera.status or "not told", {"online": True, None: None}.get(camera.status, False)),
             )
         )
     body = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
     return (
-        f'<section class="kf-card"><header><span class="kf-name">{escape(machine.name)}</span>'
-        f'<span class="kf-dim">{escape(kind)}</span><span class="kf-space"></span>{state(words, machine.online)}'
+        f'<section class="kf-card"><header><span class="kf-name">{harmless(machine.name)}</span>'
+        f'<span class="kf-dim">{harmless(kind)}</span><span class="kf-space"></span>{state(words, machine.online)}'
         f"</header><table>{body}</table></section>"
     )
 
 
 def _empty(words: str) -> str:
-    return f'<p class="kf-empty">{escape(words)}</p>'
+    return f'<p class="kf-empty">{harmless(words)}</p>'
