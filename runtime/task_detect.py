@@ -152,7 +152,7 @@ class Detect:
         xs = [min(max(seen.left + x * seen.width, 0), width) for x in (box.x1, box.x2)]
         ys = [min(max(seen.top + y * seen.height, 0), height) for y in (box.y1, box.y2)]
         corners = [round(value, 1) for value in (xs[0], ys[0], xs[1], ys[1])]
-        return {"label": self._labels[box.label_index], "score": round(box.score, 4), "box": corners}
+        return {"label": self._labels[box.label_index], "score": box.score, "box": corners}
 
 
 def _early(logits: Tensor, spec: ExitSpec) -> ExitOutput:
