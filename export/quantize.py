@@ -262,7 +262,9 @@ def _frame_scale(trunk: ModelProto) -> tuple[str, NDArray[np.float32], NDArray[n
     if scale is None or bias is None or add is None or np.ptp(scale) != 0 or np.ptp(bias) != 0:
         return None
     zero_point = -float(bias.flat[0]) / float(scale.flat[0])
-    if abs(zero_point - round(zero_point)) > 1e-4 or not 0 <= round(zero_point) <= 255:
+    # A zero between two grey levels, as of pixels from -1 to 1, shifts all by half a level. Rounding does more harm:
+    # halves go to the even neighbour, so that two levels become one.
+    if not 0 <= round(zero_point) <= 255:
         return None
     return add.output[0], np.array(scale.flat[0], np.float32), np.array(round(zero_point), np.uint8)
 

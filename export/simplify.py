@@ -207,9 +207,13 @@ def add_prologue(model: ModelProto, source: Source) -> None:
     elem_type = image.type.tensor_type.elem_type
     if elem_type != TensorProto.FLOAT:
         raise BundleError(f"{source.name} takes an input that is not float32; export it with float32 input")
-    axes = (1, 3, 1, 1) if source.layout == "NCHW" else (1, 1, 1, 3)
+    axes: Shape = (1, 3, 1, 1) if source.layout == "NCHW" else (1, 1, 1, 3)
     scale = 1.0 / (255.0 * np.asarray(source.std, np.float64))
     bias = -np.asarray(source.mean, np.float64) / np.asarray(source.std, np.float64)
+    # Where all channels are scaled alike one number does, and is five times as fast once onnxruntime has moved the
+    # transposition behind it.
+    if np.ptp(scale) == 0 and np.ptp(bias) == 0:
+        scale, bias, axes = scale[:1], bias[:1], ()
     weights = [
         constant(f"{PROLOGUE}scale", scale.astype(np.float32).reshape(axes)),
         constant(f"{PROLOGUE}bias", bias.astype(np.float32).reshape(axes)),
