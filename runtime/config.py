@@ -80,6 +80,15 @@ class PreviewConfig(_Struct, frozen=True):
     quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 60  # of the JPEG
 
 
+class EventsConfig(_Struct, frozen=True):
+    """What comes, stays and goes before each camera, told apart from single answers."""
+
+    enabled: bool | None = None  # default: for objects, not for labels of whole pictures
+    confirm_frames: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3  # answers that something is in before it is told
+    gone_ms: Positive = 2000  # shown to be away for so long, it has ended
+    update_ms: Positive = 1000  # between two updates of one event
+
+
 class DeviceConfig(_Struct, frozen=True):
     """Everything `kinflow device` can be told."""
 
@@ -98,8 +107,13 @@ class DeviceConfig(_Struct, frozen=True):
     budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
     between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
     max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
+    # The gate repeats answers while pictures hardly change. auto: as the bundle was fitted, if it was; a number: up to
+    # this change, 0 to 255.
+    gate: str | float = "auto"
+    gate_max_age_ms: Positive | None = None  # of a repeated answer; default: the bundle's, or 2000
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
+    events: EventsConfig = EventsConfig()
     preview: PreviewConfig = PreviewConfig()
 
 
@@ -215,6 +229,9 @@ def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
     if isinstance(config, DeviceConfig):
         if not config.camera:
             raise ConfigError(f"{name}: camera is empty; name at least one camera or leave the table out")
+        gate = config.gate
+        if gate not in ("auto", "off") and not (isinstance(gate, float) and 0 <= gate <= 255):
+            raise ConfigError(f"{name}: gate: {gate!r} is none of auto, off or a number from 0 to 255")
         levels.update({f"camera.{camera}": camera for camera in config.camera})
     else:
         levels.update({"pool": config.pool} if config.pool is not None else {})

@@ -34,6 +34,7 @@ from runtime.segment import load_segments
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
 from runtime.variant import with_variant
+from runtime.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Device:
         )
         self._link.on_connect(self._announce)
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
+        self._watch = Watch(config, bundle, self._tier.task, self._link, self._topics, self.counters)
         # A picture codec sends the frame itself, before any local segment has run.
         cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
         self._variant = config.variant if cut > 0 else 0
@@ -171,6 +173,10 @@ class Device:
             "preprocess": (time.monotonic_ns() - start_ns) / 1e6,
         }
         seen = (frame.camera, frame.index, frame.captured_ns, frame.pixels.shape[:2])
+        known = self._watch.look(frame, features, timings)
+        if known is not None:
+            self._answer(_Frame(*seen, features, None, timings), known.said, repeats=known.frame)
+            return True
         if self._uplink is not None and self._uplink.cut == 0:
             self._offload(_Frame(*seen, features, None, timings))
             return True
@@ -221,6 +227,7 @@ class Device:
         frame.timings.update(outcome.timings)
         if best is None:
             self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
+            self._watch.dropped(frame.camera, frame.captured_ns)
             self._tell(Dropped(frame.camera, frame.index, reason))
         else:
             self._answer(frame, best, sent, degraded=reason)
@@ -233,6 +240,7 @@ class Device:
         *,
         tier: str | None = None,
         degraded: str | None = None,
+        repeats: int | None = None,
     ) -> None:
         task = self._tier.task
         timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
@@ -245,16 +253,18 @@ class Device:
             answer=task.told(said.answer, *frame.size),
             tier=tier or self._tier_name,
             exit=said.exit,
-            agreement=None if degraded is not None else self._agreement(said.exit),
+            agreement=None if degraded is not None else self._agreement(said.exit, repeats),
             codec=None if sent is None or self._uplink is None else self._uplink.codec,
             cut=None if sent is None or self._uplink is None else self._uplink.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
             age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
             timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
             degraded=degraded,
-            variant=self._config.variant if tier is None else self._variant,
+            variant=0 if repeats is not None else self._config.variant if tier is None else self._variant,
+            repeats=repeats,
         )
-        self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=result.exit)
+        how = result.exit if repeats is None else "repeat"
+        self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=how)
         if degraded is not None:
             # What a node says is its own; only the reasons of this device are names to count by.
             reason = "above" if tier is not None else degraded.split(":")[0]
@@ -262,9 +272,12 @@ class Device:
         self._tell(result)
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
             self.counters.add("results_unpublished_total", camera=result.camera)
+        self._watch.answered(result, said, frame.captured_ns)
 
-    def _agreement(self, cut: int) -> float | None:
+    def _agreement(self, cut: int, repeats: int | None) -> float | None:
         """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
+        if repeats is not None:
+            return self._watch.kept
         spec = self._promised.exit_at(cut)
         if spec is None or spec.file is not None:
             return self._agreements.get(cut)
@@ -300,6 +313,7 @@ class Device:
         }
         self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
         self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
+        self._watch.announce()
         self._statuses.clear()
 
     def _publish_statuses(self) -> None:
@@ -325,6 +339,7 @@ class Device:
             self._wake.wait(0.05)
         for sent in self._uplink.drain() if self._uplink is not None else []:
             self._answer_locally(sent.context, "stopping", sent)
+        self._watch.close()
         self._publish_statuses()
         self._publish_stats()
         if self._link.connected:

@@ -20,6 +20,7 @@ FOLLOWERS = {
     "objects": "runtime.events_objects:Objects",
     "labels": "runtime.events_labels:Labels",
 }
+FOLLOWS = {"detect": "objects", "classify": "labels"}  # by task; of others nothing is followed
 MOST = 64  # objects followed at once, by camera
 
 
@@ -55,7 +56,7 @@ class Event:
     top_score: float  # the highest single one so far
     box: Corners | None  # smoothed over frames, in pixels of the camera's frame
     duration_ms: float  # from the first to the last frame that it was seen in
-    age_ms: float = 0.0  # from the grab of `frame` to this message
+    age_ms: float | None = None  # from the grab of `frame` to this message; None at the end of a run
     reason: Literal["gone", "replaced", "stopping"] | None = None  # of an end
 
 

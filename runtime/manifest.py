@@ -16,6 +16,7 @@ import msgspec
 
 from runtime.bundle_files import present, verified
 from runtime.errors import BundleError
+from runtime.gate_spec import GateSpec
 
 FORMAT = 3  # 3: tasks; 2: codec transform, tables of exit thresholds, variants; both and 1 are read
 MANIFEST = "manifest.json"
@@ -196,6 +197,7 @@ class Manifest(_Struct, frozen=True):
     provenance: Provenance
     files: tuple[FileSpec, ...]
     settings: dict[str, Any] = {}  # the task's own
+    gate: GateSpec | None = None  # None: nothing was fitted
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,14 @@ class Subtree:
         """JSON of every Result of a camera."""
         return f"{self}/cam/{camera}/result"
 
+    def event(self, camera: str) -> str:
+        """JSON of what begins, changes and ends before a camera."""
+        return f"{self}/cam/{camera}/event"
+
+    def state(self, camera: str) -> str:
+        """Retained JSON: what is before a camera now."""
+        return f"{self}/cam/{camera}/state"
+
     def camera_status(self, camera: str) -> str:
         """Retained: `starting`, `online`, `stalled` or `offline`."""
         return f"{self}/cam/{camera}/status"

@@ -19,11 +19,13 @@ MAX_LINES = 350
 UI = ("ui", "ui_state", "ui_messages", "ui_view", "ui_charts", "ui_page")
 LAYERS = (
     {"datatypes", "errors", "counters"},
-    {"bundle_files", "manifest", "config", "packet", "topics", "variant"},
+    {"bundle_files", "gate_spec", "manifest", "config", "packet", "topics", "variant"},
     {
         "preprocess",
         "boxes",
         "events",
+        "gate",
+        "drift",
         "in_order",
         "levels",
         "codec",
@@ -44,6 +46,7 @@ LAYERS = (
         "uplink",
         "broker",
         "preview",
+        "watch",
     },  # and every variant of a seam
     {"device", "node"},
     {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli", *UI},
