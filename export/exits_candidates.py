@@ -13,10 +13,11 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from export.cuts import Cut
-from export.exits import POOLINGS, Pooling, Shapes, branch, branch_front, own_head, pooled_front
+from export.exits import POOLINGS, Pooling, Shapes, branch, branch_front, own_head, own_part, pooled_front
 from export.frames import FrameSet
 from export.graph import FRAME, Shape, extract, tensor_info
 from export.lowrank import decompose
+from export.quantize import quantize_part, recipe_of
 from export.recipe import Opened, Recipe
 from export.slicing import Chain, on_wire
 from export.wires import Wire
@@ -25,7 +26,7 @@ from runtime.segment_onnx import session_options
 
 BRANCHES = (0.1, 0.2, 0.35)  # multiply-accumulates of a branch, as shares of those behind its cut
 SMALLER = 0.5  # what is left of the multiply-accumulates of a branch that is made smaller
-SMALLER_FRAMES = 48  # fit frames that it is made smaller by
+SAMPLE = 48  # fit frames that it is made smaller by, and that a model's own exit is quantized by
 BEHIND: Pooling = "moments"  # a branch
 
 
@@ -59,9 +60,11 @@ def candidates_at(trunk: Trunk, place: int, frames: FrameSet, recipe: Recipe) ->
     wire, shape = trunk.at(place)
     own = trunk.opened.own.get(cut.tensor)
     if own is not None:
-        whole = trunk.opened.simplified.whole
-        model = own_head(whole, own, cut.tensor, wire, cut.shape, f"exit{place + 1}")
-        return [Candidate("the model's own exit", model, own=True)]
+        part = own_part(trunk.opened.simplified.whole, own, cut.tensor, cut.shape, f"exit{place + 1}")
+        kind = recipe_of(trunk.opened.simplified.trunk())
+        if recipe.target is not None and wire is not None and kind == "convolutional":
+            part = quantize_part(part, _features(trunk, cut, frames, recipe), kind, recipe.target, wire, None)
+        return [Candidate("the model's own exit", own_head(part, wire, cut.shape), own=True)]
     poolings: list[Pooling] = ["mean"]
     if recipe.heads != "linear" and len(shape) > 1:
         poolings += ["moments", "grid"]
@@ -104,12 +107,18 @@ def _ends(trunk: Trunk, place: int) -> list[Cut]:
 
 
 def _smaller(trunk: Trunk, cut: Cut, end: Cut, wire: Wire | None, frames: FrameSet, recipe: Recipe) -> Candidate:
-    whole = trunk.opened.simplified.trunk()
+    inputs = _features(trunk, cut, frames, recipe)
     shapes: Shapes = cut.shape, end.shape
+    whole = trunk.opened.simplified.trunk()
+    layers = decompose(branch(whole, cut.tensor, end.tensor, "float32", shapes), inputs, SMALLER, seed=recipe.seed)
+    return Candidate(f"{POOLINGS[BEHIND]} behind {end.after} made smaller", branch_front(layers, wire, shapes, BEHIND))
+
+
+def _features(trunk: Trunk, cut: Cut, frames: FrameSet, recipe: Recipe) -> list[Tensor]:
+    """What the float model has at a cut for some of the fit frames, each (1, …)."""
+    whole = trunk.opened.simplified.trunk()
     before = extract(whole, list(whole.graph.input), [tensor_info(cut.tensor, "float32", cut.shape)], "before")
     session = ort.InferenceSession(before.SerializeToString(), session_options(recipe.threads))
     fit = frames.of("fit")
-    step = max(1, len(fit) // SMALLER_FRAMES)
-    inputs = [session.run(None, {FRAME: frame})[0] for frame in fit[::step][:SMALLER_FRAMES]]
-    layers = decompose(branch(whole, cut.tensor, end.tensor, "float32", shapes), inputs, SMALLER, seed=recipe.seed)
-    return Candidate(f"{POOLINGS[BEHIND]} behind {end.after} made smaller", branch_front(layers, wire, shapes, BEHIND))
+    step = max(1, len(fit) // SAMPLE)
+    return [session.run(None, {FRAME: frame})[0] for frame in fit[::step][:SAMPLE]]

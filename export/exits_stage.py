@@ -7,8 +7,8 @@ its group. That is the pilot of `risk.choose`, which then tests thresholds on fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import msgspec
@@ -25,6 +25,7 @@ from export.exits_candidates import Candidate, candidates_at
 from export.exits_candidates import Trunk as Trunk  # who makes exits names it from here
 from export.exits_fit import choose_temperature, fit_head
 from export.exits_guard import damages, distance_limit, fit_guard
+from export.exits_stress import above, floors, see_strange
 from export.frames import COPIES, FEW, FrameSet, copies, frames_for
 from export.graph import FRAME, LOGITS, write
 from export.recipe import Recipe
@@ -53,6 +54,7 @@ class Fitted:
     agrees: NDArray[np.bool_]
     within: NDArray[np.bool_]
     owed: int | None  # fit frames that its promise is about; None: those that it answers
+    floors: Mapping[float, float] = field(default_factory=dict)  # agreement → least threshold for it
 
 
 def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, report: Report) -> list[Fitted]:
@@ -81,7 +83,11 @@ def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, re
         report.note(f"exit {place + 1}: {best.spec.kind}, {best.spec.macs / max(1, trunk.opened.macs):.2%} of the MACs")
         spec = msgspec.structs.replace(best.spec, distance_limit=limit, macs=head_macs(model))
         fitted.append(Fitted(spec, model, best.confidence, best.agrees, plain <= limit, best.owed))
-    return fitted
+    if not fitted:
+        return []
+    strange = see_strange([(made.spec, made.model) for made in fitted], trunk, bundle, frames, recipe, report)
+    least = {agreement: floors(strange, agreement) for agreement in {*TABLE, recipe.agreement}}
+    return [replace(made, floors={key: least[key][place] for key in least}) for place, made in enumerate(fitted)]
 
 
 def choose_points(
@@ -112,11 +118,16 @@ def choose_points(
     )
     worth = [trunk.opened.macs - cut.macs for cut in trunk.chosen]
     table = sorted({*TABLE, recipe.agreement})
-    chosen = {agreement: choose(pilot, tested, agreement, worth) for agreement in table}
+    least = {agreement: [made.floors[agreement] for made in fitted] for agreement in table}
+    chosen = {
+        agreement: choose(above(pilot, least[agreement]), above(tested, least[agreement]), agreement, worth)
+        for agreement in table
+    }
     specs, notes = [], []
     for place, made in enumerate(fitted):
         threshold = chosen[recipe.agreement][place]
-        note = None if threshold is not None else _why_not(pilot, place, recipe.agreement, tested)
+        known = above(pilot, least[recipe.agreement])
+        note = None if threshold is not None else _why_not(known, place, recipe.agreement, tested)
         if note is not None:
             notes.append(f"exit {made.spec.cut} never answers: {note}")
         points = tuple(OperatingPoint(agreement=agreement, threshold=chosen[agreement][place]) for agreement in table)

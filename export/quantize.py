@@ -99,7 +99,7 @@ def quantize_part(
     Raises:
         BundleError: ONNX Runtime cannot quantize this graph.
     """
-    model = _static(part, frames, recipe, target)
+    model = _static(part, frames, recipe, target, before)
     if before is not None:
         _read_wire(model, before)
     if behind is None:
@@ -110,13 +110,19 @@ def quantize_part(
     return finish(model)
 
 
-def _static(trunk: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target: str) -> ModelProto:
-    """Static QDQ of a graph that reads frames or features."""
+def _static(
+    trunk: ModelProto, frames: Iterable[Tensor], recipe: Recipe, target: str, before: Wire | None = None
+) -> ModelProto:
+    """Static QDQ of a graph that reads frames or features; what reads a wire of one scale is quantized for it."""
     (source,) = trunk.graph.input
     frame_scale = _frame_scale(trunk)
     overrides: dict[str, Any] = {}
     if frame_scale is not None:
         overrides = {frame_scale[0]: [{"scale": frame_scale[1], "zero_point": frame_scale[2]}]}
+    if before is not None and before.scale.size == 1:
+        # Biases are quantized by the scale of what is read, and onnxruntime fuses a layer only where that fits.
+        read = {"scale": before.scale.reshape(()), "zero_point": before.zero_point.reshape(())}
+        overrides = {source.name: [read]}
     options: dict[str, Any] = {"TensorQuantOverrides": overrides}
     op_types: list[str] | None = None
     if recipe == "attention":
@@ -195,7 +201,9 @@ def _write_wire(model: ModelProto, wire: Wire) -> None:
 
 def _wire_constants(model: ModelProto, prefix: str, wire: Wire) -> tuple[str, str]:
     names = f"{prefix}/scale", f"{prefix}/zero_point"
-    model.graph.initializer.extend([constant(names[0], wire.scale), constant(names[1], wire.zero_point)])
+    shape = () if wire.scale.size == 1 else wire.scale.shape  # the one scale of a tensor is no scale of channels
+    scale, zero_point = wire.scale.reshape(shape), wire.zero_point.reshape(shape)
+    model.graph.initializer.extend([constant(names[0], scale), constant(names[1], zero_point)])
     return names
 
 

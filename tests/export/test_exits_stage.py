@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from export.exits_judge import BINS, judge, see
@@ -113,6 +114,21 @@ def test_own_exits_get_a_guard_beside_their_own_logits(
         assert spec.distance_limit is not None
         head = onnx.load(made.bundle.path / (spec.file or ""))
         assert [output.name for output in head.graph.output][1:] == ["distance"]
+
+
+def test_own_exits_of_a_quantized_bundle_are_quantized_and_answer_as_the_float_ones(
+    recipe: Recipe, net: str, tmp_path: Path
+) -> None:
+    opened = open_model(f"{net}:with_exits", replace(Recipe("", ())).input, SILENT)
+    made = export(replace(recipe, model=f"{net}:with_exits", target="x86-vnni"), tmp_path / "own", SILENT).bundle
+    frames = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    whole = ort.InferenceSession(opened.simplified.whole.SerializeToString())
+    seen = see(made, frames)
+    for place, output in enumerate(opened.simplified.exits):
+        head = onnx.load(made.path / (made.manifest.exits[place].file or ""))
+        assert any(weight.data_type == onnx.TensorProto.INT8 for weight in head.graph.initializer)
+        floating = whole.run([output], {whole.get_inputs()[0].name: frames})[0]
+        assert (seen.answers[place] == floating.argmax(axis=1)).mean() > 0.9
 
 
 @pytest.mark.parametrize("target", [None, "x86-vnni"])
