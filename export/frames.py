@@ -56,6 +56,7 @@ class FrameSet:
     groups: NDArray[np.int64]  # frames of one group are near each other in time, and are held out together
     sha256: str
     names: tuple[str, ...]  # of the pictures' files, without folders; empty for frames of a clip
+    places: NDArray[np.int64]  # (frames, 2): the number of its source, and its position there
 
     def of(self, role: Role) -> list[Tensor]:
         """The frames of one role, each uint8 (1, height, width, 3)."""
@@ -79,12 +80,14 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
     """
     pixels: list[Tensor] = []
     names: list[str] = []
+    places: list[tuple[int, int]] = []
     roles: dict[Role, list[int]] = {role: [] for role in ROLES}
     groups: list[int] = []
     generator = np.random.default_rng(seed)
-    for source in sources:
-        taken, named = _read(source, spec, max(1, max_frames // len(sources)))
+    for number, source in enumerate(sources):
+        taken, positions_there, named = _read(source, spec, max(1, max_frames // len(sources)))
         names.extend(named)
+        places.extend((number, position) for position in positions_there)
         order = list(range(len(taken)))
         is_clip = source.path.is_file()
         if not is_clip:
@@ -105,6 +108,7 @@ def load_frames(sources: Sequence[FrameSource], spec: PreprocessSpec, max_frames
         groups=np.array(groups, np.int64),
         sha256=hashlib.sha256(stacked.data).hexdigest(),
         names=tuple(names),
+        places=np.array(places, np.int64),
     )
 
 
@@ -142,7 +146,7 @@ def frames_for(threshold_frames: int) -> int:
     return math.ceil(min(FEW, threshold_frames / SHARES[1]) + beyond / SHARES_BEYOND[1])
 
 
-def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> tuple[list[Tensor], list[str]]:
+def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> tuple[list[Tensor], list[int], list[str]]:
     if not source.path.exists():
         raise BundleError(f"--frames {source.path} does not exist; give a folder of images or a video file")
     config = CameraConfig(
@@ -169,6 +173,8 @@ def _read(source: FrameSource, spec: PreprocessSpec, limit: int) -> tuple[list[T
         kept = [kept[place] for place in np.linspace(0, len(kept) - 1, limit).round().astype(int)]
     files = sorted(path.name for path in source.path.iterdir()) if source.path.is_dir() else []
     pictures = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return [pixels for _, pixels in kept], [
-        pictures[source.first_frame + position] if pictures else "" for position, _ in kept
-    ]
+    return (
+        [pixels for _, pixels in kept],
+        [position for position, _ in kept],
+        [pictures[source.first_frame + position] if pictures else "" for position, _ in kept],
+    )

@@ -101,6 +101,13 @@ def run(changes: Changes, threshold: float) -> Course:
     return Course(repeated, losses)
 
 
+def joined(courses: Sequence[Course]) -> Course:
+    """Several courses as one."""
+    return Course(
+        np.concatenate([course.repeated for course in courses]), np.concatenate([course.losses for course in courses])
+    )
+
+
 def fit(stretches: Sequence[Stretch], target: float = TARGET, confidence: float = CONFIDENCE) -> Fitted:
     """The loosest threshold that is shown to keep the mean F1 over all frames at `target`.
 

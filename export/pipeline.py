@@ -23,6 +23,7 @@ from export.evidence import evidence_model
 from export.exits_judge import accuracy
 from export.exits_stage import Trunk, choose_points, exits_ms, fit_exits
 from export.frames import FrameSet, load_frames
+from export.gate_stage import fit_gate
 from export.graph import write
 from export.labels import read_labels
 from export.quantize import RECIPES, Quantized, quantize
@@ -130,6 +131,8 @@ def _assemble(
     bundle = _with(bundle, exits=(*specs, last))
     cuts = fit_codecs(opened, chosen, trunk.wires, bundle, frames, floating, recipe, report)
     bundle = _with(bundle, cuts=cuts, files=list_files(scratch))
+    gate = fit_gate(bundle, [source.path for source in recipe.frames], frames, floating, report)
+    bundle = _with(bundle, gate=gate)
     bundle = add_variants(bundle, trunk, fitted, frames, floating, labels, recipe, report)
     return _prove(bundle, chain, frames, floating, labels, recipe, report, exact=exact)
 

@@ -19,4 +19,8 @@ class GateSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     fitted_on: int = 0  # consecutive frames
     repeated: float | None = None  # share of those frames answered by repetition
     agreement: float | None = None  # mean F1 over those frames
+    judged_on: int = 0  # held-back consecutive frames
+    judged_repeated: float | None = None
+    judged_agreement: float | None = None
+    judged_agreement_low: float | None = None  # 95 % lower bound
     note: str | None = None  # why it never repeats, where it does not
