@@ -42,8 +42,8 @@ def test_every_table_is_read() -> None:
 
 
 DEVICE_KEYS = (
-    "agreement, between_frames, broker, budget_ms, bundle, camera, codec, early_exits, events, gate, gate_max_age_ms, id, last_segment, "
-    "max_in_flight, preview, site, stats_interval_s, threads"
+    "agreement, between_frames, broker, budget_ms, bundle, camera, codec, early_exits, events, gate, "
+    "gate_max_age_ms, id, last_segment, max_in_flight, preview, site, stats_interval_s, threads"
 )
 ID_RULE = "must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
 WRONG: list[tuple[type[Any], str, str]] = [
