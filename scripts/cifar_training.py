@@ -3,8 +3,9 @@
 SGD with Nesterov momentum under a learning rate that rises and falls twice, label smoothing, mirrored and shifted
 images with a square cut out, smaller crops in the first epochs, and a running mean of the weights, which is what is
 kept; at the end a few steps on whole pictures, which is how they are judged ("Fixing the train-test resolution
-discrepancy", Touvron et al. 2019). The early exits learn half from the labels, half from the last exit's probabilities (self-distillation, as in "Be
-Your Own Teacher", Zhang et al. 2019), since what they are judged by later is agreement with it.
+discrepancy", Touvron et al. 2019). The early exits learn half from the labels, half from the last exit's probabilities
+(self-distillation, as in "Be Your Own Teacher", Zhang et al. 2019), since what they are judged by later is agreement
+with it.
 """
 
 from __future__ import annotations
