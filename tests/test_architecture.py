@@ -49,7 +49,7 @@ LAYERS = (
         "watch",
     },  # and every variant of a seam
     {"device", "node"},
-    {"sim", "simulation", "summary", "live", "demo", "bench", "bundle_tool", "doctor", "cli", *UI},
+    {"sim", "simulation", "summary", "live", "demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", *UI},
 )
 SEAMS = ("camera", "codec", "segment", "link", "task", "events")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
