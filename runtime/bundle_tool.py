@@ -14,6 +14,7 @@ import onnxruntime as ort
 from runtime import cascade
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
+from runtime.gate_spec import GateSpec
 from runtime.manifest import Bundle, CutSpec, ExitSpec, OperatingPoint, load, verify_files
 from runtime.segment import load_segments
 from runtime.variant import with_each_variant
@@ -137,10 +138,24 @@ def describe(bundle: Bundle) -> str:
             ("exit", "head", "MACs", "target", "threshold", "answers", "agreement [95 %]"), _exit_rows(manifest.exits)
         ),
         *(f"exit {spec.cut} never answers: {spec.note}" for spec in manifest.exits if spec.note is not None),
+        *_gate(manifest.gate),
         "",
         "proof: " + ", ".join(f"{key} {value:g}" for key, value in manifest.proof.items()),
     ]
     return "\n".join(parts)
+
+
+def _gate(spec: GateSpec | None) -> list[str]:
+    """What the gate does, where one was fitted."""
+    if spec is None:
+        return []
+    if spec.threshold is None or spec.repeated is None:
+        return [f"the gate never repeats an answer: {spec.note}"]
+    words = f"gate: repeats answers up to a change of {spec.threshold:.1f}, {spec.repeated:.0%} of the fit frames"
+    if spec.judged_repeated is not None and spec.judged_agreement is not None:
+        words += f"; of {spec.judged_on} held-back frames {spec.judged_repeated:.0%}, F1 {spec.judged_agreement:.3f}"
+        words += f", at least {spec.judged_agreement_low:.3f}"
+    return [words]
 
 
 def _variants(bundle: Bundle) -> list[str]:

@@ -1,8 +1,8 @@
 """Follows objects over frames by their boxes: births, updates and ends of events. Pure.
 
-Each object moves on at its own steady speed, kept by an alpha-beta filter (Kalata 1984) on its four corners, and takes
-the box it overlaps most with where it should be now: greedily by overlap, its own label first, then any label at a
-higher overlap. An object is told once it was in `confirm_frames` answers with at most two misses between, so that what
+Each object moves on at its own steady speed, kept by an alpha-beta filter (Kalata 1984) on its centre, and takes the
+box that it overlaps most where it should be now: greedily by overlap, its own label first, then any label at a higher
+overlap. An object is told once it was in `confirm_frames` answers with at most two misses between, so that what
 flickers is not; it ends when answers that tell have lacked it for `gone_ms`. Only the time between two such answers
 counts: a time without answers, or with degraded ones, makes nothing go.
 """
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from runtime.boxes import iou
 from runtime.events import MOST, Corners, Event, Ids, Seen, Settings, Sighting, Untold
 
-SAME_LABEL_IOU = 0.3
+SAME_LABEL_IOU = 0.1  # people are narrow: from one answer to the next they may move by most of their width
 OTHER_LABEL_IOU = 0.6
 MISSES = 2  # of an object that is not told yet
-GAIN = 0.6  # share of a box's surprise that the position takes, alpha
+GAIN = 0.7  # share of a box's surprise that the position takes, alpha
 SPEED_GAIN = 2 * (2 - GAIN) - 4 * (1 - GAIN) ** 0.5  # beta, which Kalata's relation gives for it
 COAST_S = 1.0  # an object that is not seen is thought to keep its speed for so long
 SCORE_GAIN = 0.3
@@ -37,7 +37,7 @@ class _Object:
 
     id: str | None  # None: not told yet
     corners: NDArray[np.float64]  # (4,), smoothed
-    speed: NDArray[np.float64]  # (4,), pixels a second
+    speed: NDArray[np.float64]  # (2,) of its centre, pixels a second
     votes: dict[str, float]  # by label
     score: float
     top_score: float
@@ -58,16 +58,16 @@ class _Object:
 
     def expected(self, now_ns: int) -> NDArray[np.float64]:
         """Where it should be: (4,)."""
-        return self.corners + self.speed * min((now_ns - self.last_ns) / 1e9, COAST_S)
+        return self.corners + np.tile(self.speed, 2) * min((now_ns - self.last_ns) / 1e9, COAST_S)
 
     def see(self, sighting: Sighting, corners: NDArray[np.float64], now_ns: int) -> None:
         """Take a box for this object's."""
         away_s = (now_ns - self.last_ns) / 1e9
         expected = self.expected(now_ns)
         surprise = corners - expected
-        self.corners = _ordered(expected + GAIN * surprise)
+        self.corners = expected + GAIN * surprise
         if away_s > 0:
-            self.speed = self.speed + SPEED_GAIN * surprise / away_s
+            self.speed = self.speed + SPEED_GAIN * (surprise[:2] + surprise[2:]) / 2 / away_s
         votes = {label: vote * LABEL_DECAY for label, vote in self.votes.items() if vote * LABEL_DECAY > LEAST_VOTE}
         votes[sighting.label] = votes.get(sighting.label, 0.0) + sighting.score
         self.votes = votes
@@ -149,7 +149,7 @@ class Objects:
         found = seen.found or ()
         if not self._objects or not found:
             return {}
-        overlaps = iou(np.stack([_ordered(thing.expected(seen.captured_ns)) for thing in self._objects]), boxes)
+        overlaps = iou(np.stack([thing.expected(seen.captured_ns) for thing in self._objects]), boxes)
         same = np.array([[thing.label == one.label for one in found] for thing in self._objects])
         pairs: dict[int, int] = {}
         for allowed in (same & (overlaps >= SAME_LABEL_IOU), ~same & (overlaps >= OTHER_LABEL_IOU)):
@@ -165,7 +165,7 @@ class Objects:
             self._untold("full")
             return []
         votes = {found.label: found.score}
-        thing = _Object(None, corners, np.zeros(4), votes, found.score, found.score, now_ns, now_ns)
+        thing = _Object(None, corners, np.zeros(2), votes, found.score, found.score, now_ns, now_ns)
         self._objects.append(thing)
         return self._tell(thing, now_ns)
 
@@ -206,8 +206,3 @@ class Objects:
             duration_ms=(thing.last_ns - thing.first_ns) / 1e6,
             reason=reason,
         )
-
-
-def _ordered(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same corners where the second is not before the first: a box that shrinks may not turn inside out."""
-    return np.concatenate([np.minimum(corners[:2], corners[2:]), np.maximum(corners[:2], corners[2:])])

@@ -190,7 +190,7 @@ def _gate(config: DeviceConfig, bundle: Bundle) -> GateSpec | None:
 
 
 def _rule(config: DeviceConfig, spec: GateSpec | None) -> Rule | None:
-    given = config.gate if isinstance(config.gate, float) else None
+    given = None if isinstance(config.gate, str) else config.gate
     threshold = given if spec is None else spec.threshold
     if threshold is None:
         return None

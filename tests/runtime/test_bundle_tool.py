@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from runtime.bundle_tool import bundle_group, describe, verify_bundle
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
+from runtime.gate_spec import GateSpec
 from runtime.manifest import FileSpec, Manifest, VariantSpec, load, save
 from runtime.segment import load_segments
 
@@ -150,3 +151,29 @@ def test_show_tells_every_segment_cut_and_exit(sound: Path) -> None:
     result = CliRunner().invoke(bundle_group, ["show", str(sound), "--json"])
     assert json.loads(result.stdout)["id"] == bundle.id
     assert CliRunner().invoke(bundle_group, ["show", str(sound)]).stdout == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        (None, None),
+        (GateSpec(threshold=None, note="give a clip"), "never repeats an answer: give a clip"),
+        (GateSpec(threshold=12.5, repeated=0.25), "up to a change of 12.5, 25% of the fit frames"),
+        (
+            GateSpec(
+                threshold=12.5,
+                repeated=0.25,
+                judged_on=80,
+                judged_repeated=0.5,
+                judged_agreement=0.97,
+                judged_agreement_low=0.951,
+            ),
+            "of 80 held-back frames 50%, F1 0.970, at least 0.951",
+        ),
+    ],
+)
+def test_show_tells_what_the_gate_does(sound: Path, gate: GateSpec | None, words: str | None) -> None:
+    save(msgspec.structs.replace(load(sound).manifest, gate=gate), sound)
+    text = describe(load(sound))
+    assert ("gate" in text) == (words is not None)
+    assert words is None or words in text
