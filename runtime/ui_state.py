@@ -78,6 +78,7 @@ class _Kept(NamedTuple):
     tier: str
     age_ms: float
     confidence: float
+    repeats: bool
 
 
 @dataclass(slots=True)
@@ -98,6 +99,7 @@ class TierFigures:
     share: float
     age_p50_ms: float
     age_p95_ms: float
+    repeats: int  # of the answers, those that repeat an earlier one
     confidences: tuple[int, ...]  # how many of a confidence of 0 to .1, .1 to .2, …
 
 
@@ -206,7 +208,7 @@ class Site:
             tier = OTHER_TIER
         self._tiers.setdefault(tier)
         self.answers += 1
-        self._kept.append(_Kept(now_s, tier, said.age_ms, said.confidence))
+        self._kept.append(_Kept(now_s, tier, said.age_ms, said.confidence, said.repeats is not None))
         second = self._seconds.get(int(now_s))
         if second is None:
             second = self._seconds[int(now_s)] = _Second()
@@ -245,6 +247,7 @@ class Site:
                     share=len(kept) / len(self._kept),
                     age_p50_ms=_quantile(ages, 0.5),
                     age_p95_ms=_quantile(ages, 0.95),
+                    repeats=sum(answer.repeats for answer in kept),
                     confidences=tuple(bins[index] for index in range(10)),
                 )
             )

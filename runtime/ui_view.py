@@ -244,7 +244,8 @@ def summary(site: Site, figures: list[TierFigures], now_s: float) -> str:
             (
                 f"{own:.0%}",
                 "answered on devices",
-                f"of {sum(part.answers for part in figures):,} in {WINDOW_S:.0f} s",
+                f"of {sum(part.answers for part in figures):,} in {WINDOW_S:.0f} s"
+                + (f", {repeats:,} repeated" if (repeats := sum(part.repeats for part in figures)) else ""),
             ),
             (f"{size(up)}/s", "sent up by devices", beside),
             (duration(site.median_age_ms()) if figures else "–", "median age", ages),
@@ -260,11 +261,11 @@ def ages(figures: list[TierFigures], tiers: list[str]) -> str:
     if not figures:
         return _empty("No answers in the last minute.")
     rows = "".join(
-        f"<tr><td>{chip(part.tier, tiers)}</td><td>{part.answers:,}</td><td>{part.share:.1%}</td>"
-        f"<td>{duration(part.age_p50_ms)}</td><td>{duration(part.age_p95_ms)}</td></tr>"
+        f"<tr><td>{chip(part.tier, tiers)}</td><td>{part.answers:,}</td><td>{part.repeats:,}</td>"
+        f"<td>{part.share:.1%}</td><td>{duration(part.age_p50_ms)}</td><td>{duration(part.age_p95_ms)}</td></tr>"
         for part in figures
     )
-    heads = "<tr><th>tier</th><th>answers</th><th>share</th><th>age p50</th><th>age p95</th></tr>"
+    heads = "<tr><th>tier</th><th>answers</th><th>repeats</th><th>share</th><th>age p50</th><th>p95</th></tr>"
     return f'<table class="kf-wide">{heads}{rows}</table>'
 
 

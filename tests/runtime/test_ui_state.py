@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from runtime import ui_charts, ui_state, ui_view
 from runtime.counters import Counters
 from runtime.datatypes import Result
+from runtime.events import Event
 from runtime.topics import Subtree
 from runtime.ui_messages import KINDS
 from runtime.ui_state import Camera, Site
@@ -108,6 +109,14 @@ def test_a_result_of_the_device_is_what_the_page_reads() -> None:
         assert word in words
 
 
+def test_an_event_of_the_device_is_what_the_page_reads() -> None:
+    said = Event("s-porch-1", "new", "porch", 7, "person", 0.9, 0.95, (1.0, 2.0, 3.0, 4.0), 120.0, age_ms=30.0)
+    site = heard((BOARD.result("porch"), result()), (BOARD.event("porch"), msgspec.json.encode(said)))
+    assert not site.refused
+    assert [(event.type, event.label) for event in camera_of(site).events] == [("new", "person")]
+    assert "Events" in ui_view.details(camera_of(site))
+
+
 def test_boxes_lie_where_the_answer_says_in_the_frame_it_says() -> None:
     site = heard((BOARD.result("porch"), result()))
     drawn = ET.fromstring(ui_view.drawing(camera_of(site), site.tiers))
@@ -144,10 +153,17 @@ def test_only_a_jpeg_is_a_preview() -> None:
 def test_figures_are_those_of_the_window() -> None:
     site = Site("home")
     for index in range(100):
-        said = result(tier="device" if index < 60 else "cloud", age_ms=float(index), confidence=index / 100)
+        said = result(
+            tier="device" if index < 60 else "cloud",
+            age_ms=float(index),
+            confidence=index / 100,
+            repeats=index - 1 if index < 20 else None,
+        )
         site.hear(BOARD.result("porch"), said, 1000.0 + index / 10)
     device, cloud = site.figures(1010.0)
     assert (device.answers, device.share, cloud.answers) == (60, 0.6, 40)
+    assert (device.repeats, cloud.repeats) == (20, 0)
+    assert "of 100 in 60 s, 20 repeated" in ui_view.summary(site, [device, cloud], 1010.0)
     assert (device.age_p50_ms, device.age_p95_ms) == (30.0, 56.0)
     assert device.confidences == (10, 10, 10, 10, 10, 10, 0, 0, 0, 0)
     assert site.median_age_ms() == 50.0
@@ -265,7 +281,7 @@ def test_words_from_outside_stay_words(word: str) -> None:
     site = heard(
         (BOARD.result("porch"), said),
         (BOARD.birth, birth),
-        (f"{BOARD}/cam/porch/event", event),
+        (BOARD.event("porch"), event),
         (BOARD.stats, stats),
     )
     assert not site.refused
