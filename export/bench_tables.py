@@ -101,6 +101,22 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
                 for row in atlas.exits
             ],
         )
+    promised = [row for row in atlas.exits if row.owed is not None]
+    if promised:
+        yield (
+            "What exits up to each cut answer; what is wanted is the share of frames with something that are not missed",
+            ("wanted", "cut", "empty frames answered", "frames with something missed", "at most, 95 %"),
+            [
+                [
+                    f"{row.target:g}",
+                    str(row.cut),
+                    f"{row.spared} of {row.n - (row.owed or 0)}",
+                    f"{row.missed} of {row.owed}",
+                    "" if row.missed_high is None else f"{row.missed_high:.2%}",
+                ]
+                for row in promised
+            ],
+        )
     if atlas.cascade:
         yield (
             "All exits together; what is wanted is the agreement of the frames that early exits answer",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,11 @@ class ExitRow:
     accuracy_low: float | None
     accuracy_high: float | None
     histogram: tuple[tuple[int, int], ...]  # by confidence in BINS steps from 0 to 1: reached frames, agreeing ones
+    # Where the promise is about certain frames, as those with something in a detector's; None elsewhere.
+    owed: int | None = None  # how many there are
+    missed: int | None = None  # of them, answered wrongly here or at an exit before
+    missed_high: float | None = None  # upper end of the 95 % Clopper-Pearson interval of their share
+    spared: int | None = None  # of the others, answered here or at an exit before
 
     def measured(self) -> Measured:
         """As the manifest states it."""
@@ -86,6 +92,10 @@ class ExitRow:
             accuracy=_rounded(self.accuracy),
             accuracy_low=_rounded(self.accuracy_low),
             accuracy_high=_rounded(self.accuracy_high),
+            owed=self.owed,
+            missed=self.missed,
+            missed_high=_rounded(self.missed_high),
+            spared=self.spared,
         )
 
 
@@ -158,6 +168,8 @@ def _rows(
 ) -> list[ExitRow]:
     policy = ExitPolicy.of(bundle, agreement=target)
     left = np.ones(len(float_answers), np.bool_)
+    owed = open_judge(bundle).owed(float_answers)
+    wrong = np.zeros_like(left)
     rows: list[ExitRow] = []
     for place, spec in enumerate(bundle.manifest.exits):
         threshold = policy.thresholds.get(spec.cut)
@@ -167,6 +179,7 @@ def _rows(
         answered = sure & within
         agrees = seen.answers[place] == float_answers
         share, low, high = _share(agrees[answered])
+        wrong |= answered & ~agrees
         right: tuple[float | None, ...] = (None, None, None)
         if labels is not None:
             right = _share((seen.answers[place] == labels)[answered])
@@ -188,10 +201,21 @@ def _rows(
                 accuracy_low=right[1],
                 accuracy_high=right[2],
                 histogram=_histogram(seen.confidence[place][left], agrees[left]),
+                **(
+                    {}
+                    if owed is None or place == len(bundle.manifest.exits) - 1
+                    else _promised(owed, wrong, answered | ~left)
+                ),
             )
         )
         left = left & ~answered
     return rows
+
+
+def _promised(owed: Flags, wrong: Flags, answered: Flags) -> dict[str, Any]:
+    missed = int((wrong & owed).sum())
+    high = clopper_pearson(missed, int(owed.sum()))[1] if owed.any() else None
+    return {"owed": int(owed.sum()), "missed": missed, "missed_high": high, "spared": int((answered & ~owed).sum())}
 
 
 def _share(hits: Flags) -> tuple[float | None, float | None, float | None]:

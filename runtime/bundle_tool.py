@@ -198,7 +198,9 @@ def _exit_rows(exits: Sequence[ExitSpec]) -> list[tuple[str, ...]]:
             answers = agreement = ""
             if measured is not None:
                 answers = f"{measured.coverage:.0%} of {measured.n}"
-                if measured.agreement is not None:
+                if measured.owed:
+                    agreement = f"missed {measured.missed} of {measured.owed} with something"
+                elif measured.agreement is not None:
                     agreement = (
                         f"{measured.agreement:.3f} [{measured.agreement_low:.3f}, {measured.agreement_high:.3f}]"
                     )

@@ -106,6 +106,11 @@ class Measured(_Struct, frozen=True):
     accuracy: float | None = None  # among the answered, where labels were given
     accuracy_low: float | None = None  # 95 % Clopper-Pearson interval
     accuracy_high: float | None = None
+    # Where the promise is about certain frames, as those with something in a detector's.
+    owed: int | None = None  # how many there are
+    missed: int | None = None  # of them, answered wrongly at this exit or one before
+    missed_high: float | None = None  # upper end of the 95 % Clopper-Pearson interval of their share
+    spared: int | None = None  # of the others, answered at this exit or one before
 
 
 class OperatingPoint(_Struct, frozen=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -13,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.agreement import clopper_pearson, per_frame, pooled
 from export.evidence import EVIDENCE, LEAST, WORTH, evidence_model
+from export.exits_judge import Seen, judge_seen
 from export.graph import FRAME, OPSET, finish, tensor_info
 from export.pipeline import Exported
 from export.risk import Words, choose, loosest
@@ -20,8 +24,8 @@ from export.sensitivity import Tail, by_gradients, by_probes
 from export.task_detect import DetectJudge
 from export.transform import layout_of
 from runtime.datatypes import Tensor
-from runtime.manifest import Bundle
-from tests.runtime.test_task_detect import as_detector
+from runtime.manifest import Bundle, ExitSpec
+from tests.runtime.test_task_detect import LAST, as_detector
 
 COUNT, CLASSES, SIDE = 5, 2, 4
 
@@ -164,3 +168,19 @@ def test_the_promise_of_nothing_is_about_the_frames_with_something() -> None:
 def test_what_cannot_stand_is_never_let_in() -> None:
     confidence = np.array([0.9, 0.8, -np.inf])
     assert loosest(confidence, np.ones(3, np.bool_), 0.99, owed=100) == 0.8
+
+
+def test_rows_of_a_detectors_exits_count_what_was_missed(bundle: Bundle) -> None:
+    exits = [ExitSpec(cut=1, file="exits/1.onnx", temperature=1.0, threshold=0.9, agreement=0.95), LAST]
+    manifest = msgspec.structs.replace(bundle.manifest, exits=tuple(exits))
+    wanted = np.array([1, 1, 1, 0, 0, 0])
+    seen = Seen(
+        cuts=(1, 3),
+        answers=np.array([[0, 1, 0, 0, 0, 0], wanted]),
+        confidence=np.array([[0.95, -np.inf, 0.6, 0.95, 0.99, 0.8], [1.0] * 6]),
+        distance=np.full((2, 6), np.nan),
+    )
+    first, last = judge_seen(dataclasses.replace(bundle, manifest=manifest), seen, wanted)
+    assert (first.answered, first.owed, first.missed, first.spared) == (3, 3, 1, 2)
+    assert first.missed_high == pytest.approx(clopper_pearson(1, 3)[1])
+    assert (last.answered, last.owed) == (3, None)
