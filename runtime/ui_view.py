@@ -265,7 +265,7 @@ def ages(figures: list[TierFigures], tiers: list[str]) -> str:
         f"<td>{part.share:.1%}</td><td>{duration(part.age_p50_ms)}</td><td>{duration(part.age_p95_ms)}</td></tr>"
         for part in figures
     )
-    heads = "<tr><th>tier</th><th>answers</th><th>repeats</th><th>share</th><th>age p50</th><th>p95</th></tr>"
+    heads = "<tr><th>tier</th><th>answers</th><th>repeats</th><th>share</th><th>p50</th><th>p95</th></tr>"
     return f'<table class="kf-wide">{heads}{rows}</table>'
 
 
