@@ -79,7 +79,7 @@ class Follower(Protocol):
         ...
 
     def present(self) -> Mapping[str, str] | None:
-        """Id → label of all events that have begun and not ended; None while no answer has told anything yet."""
+        """Id → label of all events that have begun and not ended; None while it is not known yet."""
         ...
 
     def stop(self) -> list[Event]:

@@ -109,6 +109,6 @@ class Labels:
             score=round(score, 4),
             top_score=round(held.top_score, 4),
             box=None,
-            duration_ms=(held.last_ns - held.first_ns) / 1e6,
+            duration_ms=round((held.last_ns - held.first_ns) / 1e6, 3),
             reason=reason,
         )

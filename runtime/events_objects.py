@@ -95,7 +95,7 @@ class Objects:
         self._objects: list[_Object] = []  # by age
         self._before_ns = 0  # the answer before
         self._frame = 0
-        self._told_anything = False
+        self._telling = 0  # answers
 
     def follow(self, seen: Seen) -> list[Event]:
         """Take the answer of a later frame than any before. Returns what there is to tell."""
@@ -109,7 +109,7 @@ class Objects:
                 thing.lacked = False
         if seen.found is None:
             return []
-        self._told_anything |= seen.tells or bool(seen.found)
+        self._telling += seen.tells
         boxes = np.array([found.box for found in seen.found], np.float64).reshape(-1, 4)
         pairs = self._pairs(seen, boxes)
         events: list[Event] = []
@@ -132,16 +132,16 @@ class Objects:
         return events
 
     def present(self) -> Mapping[str, str] | None:
-        """Id → label of all events that have begun and not ended; None while no answer has told anything yet."""
-        if not self._told_anything:
-            return None
-        return {thing.id: thing.told_label for thing in self._objects if thing.id is not None}
+        """Id → label of all events that have begun and not ended; None while too few answers have told anything."""
+        present = {thing.id: thing.told_label for thing in self._objects if thing.id is not None}
+        # Before so many answers nothing can have been told, even if it is there.
+        return present if present or self._telling >= self._settings.confirm_frames else None
 
     def stop(self) -> list[Event]:
         """End all events, as nobody will look any more."""
         events = [self._event("end", thing, "stopping") for thing in self._objects if thing.id is not None]
         self._objects = []
-        self._told_anything = False
+        self._telling = 0  # answers
         return events
 
     def _pairs(self, seen: Seen, boxes: NDArray[np.float64]) -> dict[int, int]:
@@ -203,6 +203,6 @@ class Objects:
             score=round(thing.score, 4),
             top_score=round(thing.top_score, 4),
             box=box,
-            duration_ms=(thing.last_ns - thing.first_ns) / 1e6,
+            duration_ms=round((thing.last_ns - thing.first_ns) / 1e6, 3),
             reason=reason,
         )

@@ -216,12 +216,14 @@ def test_a_degraded_answer_may_show_that_something_is_there() -> None:
     assert [event.type for event in events] == ["new"]
 
 
-def test_nothing_is_known_before_an_answer_tells() -> None:
+def test_nothing_is_known_before_enough_answers_tell() -> None:
     follower = objects()
     assert follower.present() is None
     follower.follow(seen(0, tells=False))
     assert follower.present() is None
-    follower.follow(seen(1))
+    run(follower, [seen(1), seen(2, person()), silent(3)])
+    assert follower.present() is None
+    follower.follow(seen(4))
     assert follower.present() == {}
 
 
