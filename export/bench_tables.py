@@ -104,7 +104,7 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
     promised = [row for row in atlas.exits if row.owed is not None]
     if promised:
         yield (
-            "What exits up to each cut answer; what is wanted is the share of frames with something that are not missed",
+            "What exits up to each cut answer; wanted is the share of frames with something that are not missed",
             ("wanted", "cut", "empty frames answered", "frames with something missed", "at most, 95 %"),
             [
                 [

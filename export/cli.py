@@ -92,6 +92,12 @@ TARGET_HELP = "; ".join(f"{name}: {target.why}" for name, target in TARGETS.item
     help="Below it no bundle is written: of a classifier the mean cosine between the logits of the int8 and the float "
     "model (default .98), of a detector the F1 of their boxes (.8).",
 )
+@click.option(
+    "--assume-independent",
+    is_flag=True,
+    help="Test the exits' promises as if frames of clips were drawn independently. Neighbours in time are alike, so "
+    "without this they count for less; with it promises hold only as far as your frames are as varied as what comes.",
+)
 @click.option("--max-frames", type=click.IntRange(20), default=2000, show_default=True, help="Use at most so many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle that parts photos.")
 @click.option("--name", help="The bundle's name; default: the model's.")
@@ -116,6 +122,7 @@ def export_command(
     target: str,
     as_float: bool,
     min_likeness: float | None,
+    assume_independent: bool,
     max_frames: int,
     seed: int,
     name: str | None,
@@ -174,6 +181,7 @@ def export_command(
         labels=labels,
         target=None if as_float else target,
         min_likeness=min_likeness,
+        assume_independent=assume_independent,
         max_frames=max_frames,
         seed=seed,
         name=name,

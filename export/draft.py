@@ -17,6 +17,7 @@ from export.slicing import Chain
 from runtime.errors import BundleError
 from runtime.manifest import FORMAT, CutSpec, ExitSpec, Manifest, Provenance, SegmentSpec, TierSpec
 
+INDEPENDENT = "taken as independent"
 TOOLS = ("kinflow", "numpy", "onnx", "onnxruntime", "onnxslim", "torch")
 
 
@@ -70,11 +71,11 @@ def draft(
 
 
 def _options(recipe: Recipe) -> dict[str, str]:
-    """What has to be said again to open the same detector."""
+    """What has to be said again to open the same detector, and what the promises of exits rest on."""
     detector = recipe.input.detector
-    if detector is None:
-        return {}
-    known = {"iou": f"{detector.iou_threshold:g}", "boxes": detector.boxes}
+    known: dict[str, str | None] = {"frames": INDEPENDENT if recipe.assume_independent else None}
+    if detector is not None:
+        known |= {"iou": f"{detector.iou_threshold:g}", "boxes": detector.boxes}
     return {name: value for name, value in known.items() if value is not None}
 
 

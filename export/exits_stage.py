@@ -109,7 +109,7 @@ def choose_points(
     judge = open_judge(bundle)
     wanted = judge.keys(floating[rows])
     tested = exits_judge.see(bundle, frames.pixels[rows], batch=batch).words(bundle, wanted)
-    tested = replace(tested, share=_share(fitted, frames))
+    tested = replace(tested, share=1.0 if recipe.assume_independent else _share(fitted, frames))
     pilot = Words(
         np.array([made.confidence for made in fitted]),
         np.array([made.agrees for made in fitted]),

@@ -36,6 +36,7 @@ class Recipe:
     task: str = "classify"  # a key of runtime.task.TASKS
     settings: dict[str, Any] = field(default_factory=dict)  # the task's own, for the manifest
     agreement: float = 0.98
+    assume_independent: bool = False  # frames of clips, in the tests behind the exits' promises
     heads: Literal["auto", "linear", "branch"] = "auto"
     labels: Path | None = None  # a file with the true class of each picture
     sensitivity: Literal["gradients", "probes"] = "gradients"

@@ -114,7 +114,7 @@ def describe(bundle: Bundle) -> str:
         f"{manifest.name} ({bundle.id[:16]}): {len(bundle.labels)} classes, {spec.height}x{spec.width} pixels",
         f"source: {made.source}",
         f"quantization: {made.quantization} (target {made.target}, opset {made.opset})",
-        f"frames: {frames}",
+        f"frames: {frames}" + (f", {made.options['frames']}" if "frames" in made.options else ""),
         "",
         _table(
             ("segment", "file", "bytes", "MACs", "max batch", "tier ends"),

@@ -182,7 +182,7 @@ class Provenance(_Struct, frozen=True):
     seed: int
     frames: dict[str, int]  # role (fit, threshold, judge) → count
     frames_sha256: str  # over the pixels of all frames, in order
-    options: dict[str, str] = {}  # of the export, that have to be given again to open the same model
+    options: dict[str, str] = {}  # of the export: how the same detector is opened, what promises rest on
 
 
 class Manifest(_Struct, frozen=True):
