@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
+import cv2
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -36,12 +37,28 @@ from runtime.segment_onnx import session_options
 from runtime.task import open_task
 
 SHARE = 0.5  # of the disagreement that the promise allows: so much strange frames may show
-EACH = 3  # strange copies of a frame
-STRESSED = 500  # frames at most that are copied
+EACH = 4  # strange copies of a frame
+STRESSED = 1000  # frames at most that are copied
+SIDE = 4  # pieces of a frame that is shuffled, a side
 OBSERVED = 16  # frames at once, where the graphs take them
 
 Exit = tuple[ExitSpec, ModelProto]  # with its guard
 Strange = Callable[[Tensor, Tensor, np.random.Generator], NDArray[np.generic]]
+
+
+def _halves(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
+    middle = frame.shape[2] // 2
+    return np.concatenate([frame[:, :, :middle], other[:, :, middle:]], axis=2)
+
+
+def _shuffled(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
+    made = frame.copy()
+    height, width = frame.shape[1] // SIDE, frame.shape[2] // SIDE
+    for place, taken in enumerate(generator.permutation(SIDE**2)):
+        (row, column), (top, left) = divmod(place, SIDE), divmod(int(taken), SIDE)
+        piece = frame[:, top * height : (top + 1) * height, left * width : (left + 1) * width]
+        made[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = piece
+    return made
 
 
 def _covered(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
@@ -52,9 +69,14 @@ def _covered(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Te
     return made
 
 
-def _halves(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
-    middle = frame.shape[2] // 2
-    return np.concatenate([frame[:, :, :middle], other[:, :, middle:]], axis=2)
+def _twice_covered(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
+    return _covered(_covered(frame, other, generator), other, generator)
+
+
+def _tiled(frame: Tensor, other: Tensor, generator: np.random.Generator) -> Tensor:
+    height, width = frame.shape[1:3]
+    small = cv2.resize(frame[0], ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
+    return np.tile(small, (2, 2, 1))[np.newaxis, :height, :width].astype(np.uint8)
 
 
 # Each makes of a frame and another one, uint8 (1, height, width, 3), a strange one.
@@ -65,7 +87,11 @@ KINDS: Mapping[str, Strange] = {
     "quarters exchanged": lambda frame, other, generator: np.roll(
         frame, (frame.shape[1] // 2, frame.shape[2] // 2), (1, 2)
     ),
-    "half covered": _covered,
+    "pieces shuffled": _shuffled,
+    "a quarter covered": _covered,
+    "two quarters covered": _twice_covered,
+    "four small copies": _tiled,
+    "negative": lambda frame, other, generator: 255 - frame,
     "harsh light": lambda frame, other, generator: 128 + 2.5 * (frame.astype(np.float32) - frame.mean()),
 }
 
@@ -117,7 +143,7 @@ def see_strange(
 
 
 def floors(strange: Words, agreement: float) -> tuple[float, ...]:
-    """By exit, the least confidence at which strange frames disagree on no more than SHARE of what is allowed.
+    """By exit, the least confidence at which strange frames, and one error more, disagree on SHARE of the allowed.
 
     Each exit is asked about the strange frames within its guard's limit that no exit before it answers at its own
     floor. Where no confidence does, the floor lies above the surest of them.
@@ -144,7 +170,7 @@ def _floor(confidence: NDArray[np.float64], agrees: NDArray[np.bool_], risk: flo
     ranked = confidence[order]
     last_of_ties = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     count = np.arange(1, len(ranked) + 1) if owed is None else np.full(len(ranked), owed)
-    few = np.cumsum(~agrees[order]) <= risk * count
+    few = np.cumsum(~agrees[order]) + 1 <= risk * (count + 1)
     kept = np.flatnonzero(last_of_ties & few)
     if len(kept) == 0:
         return float(np.nextafter(ranked[0], np.inf)) if len(ranked) else 0.0

@@ -39,23 +39,24 @@ def test_above_its_floor_an_exit_is_wrong_on_strange_frames_no_oftener_than_stat
 ) -> None:
     strange = words(said)
     left = np.ones(len(said), np.bool_)
+    risk = SHARE * (1 - agreement)
     for place, floor in enumerate(floors(strange, agreement)):
         errors, answers = wrong_at(strange, place, left, floor)
-        assert errors <= SHARE * (1 - agreement) * answers
+        assert answers == 0 or errors + 1 <= risk * (answers + 1)
         # And no lower one would do.
         asked = strange.confidence[place][left & strange.within[place]]
         for level in (level for level in set(asked.tolist()) if level < floor):
             errors, answers = wrong_at(strange, place, left, level)
-            assert errors > SHARE * (1 - agreement) * answers
+            assert errors + 1 > risk * (answers + 1)
         left &= ~(strange.within[place] & (strange.confidence[place] >= floor))
 
 
 def test_where_a_promise_is_about_some_frames_only_a_share_of_those_may_be_wrong() -> None:
-    said = [(0.9, 0.9, False, True, True, True), *[(0.8, 0.8, True, True, True, True)] * 20]
-    # One of 21 is wrong, and half of a tenth may be: of the answered ones, or of the owed ones.
+    said = [(0.9, 0.9, False, True, True, True), *[(0.8, 0.8, True, True, True, True)] * 39]
+    # One of 40 is wrong, and half of a tenth may be: of the answered ones, or of the owed ones.
     assert floors(words(said), 0.9)[0] == 0.0
-    assert floors(words(said, [True] * 21), 0.9)[0] == 0.0
-    assert floors(words(said, [True] + [False] * 20), 0.9)[0] > 0.9
+    assert floors(words(said, [True] * 40), 0.9)[0] == 0.0
+    assert floors(words(said, [True] + [False] * 39), 0.9)[0] > 0.9
 
 
 def test_frames_that_the_guard_holds_back_raise_no_floor() -> None:
