@@ -112,7 +112,8 @@ def fit(stretches: Sequence[Stretch], target: float = TARGET, confidence: float 
     """The loosest threshold that is shown to keep the mean F1 over all frames at `target`.
 
     With probability `confidence` over stretches like these, where losses farther apart than they stay alike are
-    independent.
+    independent. A quiet camera does not pay for a busy one: each stretch has to keep the target by itself, on its own
+    frames, though not with that confidence.
     """
     changes = [Changes(stretch) for stretch in stretches if len(stretch.pictures) >= LEAST_FRAMES]
     if not changes:
@@ -124,7 +125,8 @@ def fit(stretches: Sequence[Stretch], target: float = TARGET, confidence: float 
         # The longest of all thresholds so far: it is estimated, and none may gain from an estimate that came out short.
         length = max(length, *(alike_for(course.losses) for course in courses))
         means = np.concatenate([stretch_means(course.losses, length) for course in courses])
-        if not refutes_above(map(float, means), 1 - target, 1 - confidence):
+        alone = min(course.kept for course in courses) >= target
+        if not alone or not refutes_above(map(float, means), 1 - target, 1 - confidence):
             break
         whole = Course(
             *(np.concatenate(parts) for parts in zip(*((c.repeated, c.losses) for c in courses), strict=True))

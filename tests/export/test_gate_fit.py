@@ -52,6 +52,14 @@ def test_a_model_that_changes_its_mind_over_nothing_is_not_repeated_much() -> No
     assert fickle.course is None or fickle.course.share < 0.3 * steady.course.share
 
 
+def test_a_quiet_camera_does_not_pay_for_a_busy_one() -> None:
+    calm = Stretch.of([np.full((SIDE, SIDE, 3), 90, np.uint8)] * 3000, lambda one, two: 0.0, fps=10)
+    busy = stretch(400, 1, flicker=0.3)
+    fitted = fit([calm, busy])
+    assert fit([calm]).threshold is not None
+    assert fitted.threshold is None or run(Changes(busy), fitted.threshold).kept >= 0.95
+
+
 def test_what_is_promised_holds_for_most_scenes() -> None:
     broken = 0
     for seed in range(8):
