@@ -162,7 +162,7 @@ def export_command(
     kinflow export lite0 --list-cuts
     kinflow export lite0 --frames my_frames/ --out lite0.kinflow
     kinflow export ./my_vit --frames clip.mp4 --target arm64 --cuts "layer 3,layer 7" --out vit.kinflow
-    kinflow export yolov8n.onnx --task detect --scale 0.00392157 --frames clip.mp4 --out yolo.kinflow
+    kinflow export yolov8n.onnx --task detect --frames clip.mp4 --out yolo.kinflow
     """
     report = Report()
     recipe = Recipe(

@@ -111,7 +111,7 @@ def describe(bundle: Bundle) -> str:
     frames = ", ".join(f"{count} {role}" for role, count in made.frames.items())
     tiers = {tier.last_segment: tier.name for tier in manifest.tiers}
     parts = [
-        f"{manifest.name} ({bundle.id[:16]}): {len(bundle.labels)} classes, {spec.height}x{spec.width} pixels",
+        f"{manifest.name} ({bundle.id[:16]}): {len(bundle.labels)} {'class' if len(bundle.labels) == 1 else 'classes'}, {spec.height}x{spec.width} pixels",
         f"source: {made.source}",
         f"quantization: {made.quantization} (target {made.target}, opset {made.opset})",
         f"frames: {frames}" + (f", {made.options['frames']}" if "frames" in made.options else ""),
