@@ -78,9 +78,8 @@ def open_model(model: str, options: InputOptions, report: Report) -> Opened:
     else:
         detector = simplify_detector(source, options.detector)
         source, simplified, raw = detector.source, detector.simplified, detector.raw
-        report.note(
-            f"a detector of {simplified.classes} {'class' if simplified.classes == 1 else 'classes'}, outputs: {detector.layout}"
-        )
+        noun = "class" if simplified.classes == 1 else "classes"
+        report.note(f"a detector of {simplified.classes} {noun}, outputs: {detector.layout}")
     trunk = simplified.trunk()
     cuts = list_cuts(trunk, simplified.shapes)
     if not cuts:

@@ -111,7 +111,7 @@ def describe(bundle: Bundle) -> str:
     frames = ", ".join(f"{count} {role}" for role, count in made.frames.items())
     tiers = {tier.last_segment: tier.name for tier in manifest.tiers}
     parts = [
-        f"{manifest.name} ({bundle.id[:16]}): {len(bundle.labels)} {'class' if len(bundle.labels) == 1 else 'classes'}, {spec.height}x{spec.width} pixels",
+        f"{manifest.name} ({bundle.id[:16]}): {_classes(len(bundle.labels))}, {spec.height}x{spec.width} pixels",
         f"source: {made.source}",
         f"quantization: {made.quantization} (target {made.target}, opset {made.opset})",
         f"frames: {frames}" + (f", {made.options['frames']}" if "frames" in made.options else ""),
@@ -156,6 +156,10 @@ def _gate(spec: GateSpec | None) -> list[str]:
         words += f"; of {spec.judged_on} held-back frames {spec.judged_repeated:.0%}, F1 {spec.judged_agreement:.3f}"
         words += f", at least {spec.judged_agreement_low:.3f}"
     return [words]
+
+
+def _classes(count: int) -> str:
+    return "1 class" if count == 1 else f"{count} classes"
 
 
 def _variants(bundle: Bundle) -> list[str]:
