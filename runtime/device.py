@@ -7,16 +7,13 @@ is counted.
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-import onnxruntime
 
 from runtime import cascade, manifest
 from runtime.capture import Capture
@@ -28,6 +25,7 @@ from runtime.errors import ConfigError
 from runtime.link import open_link
 from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
+from runtime.presence import Presence
 from runtime.preview import Previews
 from runtime.reply import Reply
 from runtime.segment import load_segments
@@ -84,7 +82,6 @@ class Device:
         self._wake = threading.Event()
         self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
         self._cameras = {name: index for index, name in enumerate(config.camera)}
-        self._statuses: dict[str, str] = {}
         self._fault: Exception | None = None
         self._topics = Subtree(config.site, "d", config.id)
         self._link = open_link(
@@ -93,7 +90,6 @@ class Device:
             will=(self._topics.availability, b"offline"),
             counters=self.counters,
         )
-        self._link.on_connect(self._announce)
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
         self._watch = Watch(config, bundle, self._tier.task, self._link, self._topics, self.counters)
         # A picture codec sends the frame itself, before any local segment has run.
@@ -116,6 +112,18 @@ class Device:
                 on_reply=self._replied,
                 between_frames=config.between_frames,
             )
+        told = {
+            "bundle": bundle.id,
+            "session": None if self._uplink is None else self._uplink.session,
+            "cameras": list(config.camera),
+            "last_segment": last,
+            "codec": config.codec,
+            "variant": config.variant,
+        }
+        self._presence = Presence(
+            self._link, self._topics, self.counters, stats_interval_s=config.stats_interval_s, told=told
+        )
+        self._link.on_connect(self._watch.announce)
 
     def run(self, stop: threading.Event) -> None:
         """Answer frames until `stop` is set or every camera has ended, then drain.
@@ -123,7 +131,6 @@ class Device:
         Raises:
             CameraError: a source that can never give frames, such as a missing file.
         """
-        next_stats_s = time.monotonic() + self._config.stats_interval_s
         self._link.start()
         self._await_link(stop)
         for capture in self._captures:
@@ -132,10 +139,7 @@ class Device:
             while not stop.is_set() and self._fault is None:
                 self._wake.clear()
                 self._expire()
-                self._publish_statuses()
-                if time.monotonic() >= next_stats_s:
-                    next_stats_s += self._config.stats_interval_s
-                    self._publish_stats()
+                self._presence.tell(self._statuses())
                 stepped = [self._step(capture) for capture in self._captures]
                 if any(stepped):
                     continue
@@ -298,36 +302,8 @@ class Device:
             for sent in self._uplink.expire(time.monotonic_ns()):
                 self._answer_locally(sent.context, "deadline", sent)
 
-    def _announce(self) -> None:
-        birth = {
-            "kinflow": version("kinflow"),
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "bundle": self.bundle.id,
-            "session": None if self._uplink is None else self._uplink.session,
-            "cameras": list(self._config.camera),
-            "last_segment": self._tier.last,
-            "codec": self._config.codec,
-            "variant": self._config.variant,
-        }
-        self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
-        self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
-        self._watch.announce()
-        self._statuses.clear()
-
-    def _publish_statuses(self) -> None:
-        if not self._link.connected:
-            return
-        for capture in self._captures:
-            status = capture.status
-            if self._statuses.get(capture.name) != status:
-                self._statuses[capture.name] = status
-                self._link.publish(self._topics.camera_status(capture.name), status.encode(), qos=1, retain=True)
-
-    def _publish_stats(self) -> None:
-        if self._link.connected:
-            self._link.publish(self._topics.stats, msgspec.json.encode(self.counters.snapshot()))
+    def _statuses(self) -> list[tuple[str, str]]:
+        return [(capture.name, capture.status) for capture in self._captures]
 
     def _close(self) -> None:
         for capture in self._captures:
@@ -340,8 +316,5 @@ class Device:
         for sent in self._uplink.drain() if self._uplink is not None else []:
             self._answer_locally(sent.context, "stopping", sent)
         self._watch.close()
-        self._publish_statuses()
-        self._publish_stats()
-        if self._link.connected:
-            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
+        self._presence.leave(self._statuses())
         self._link.close()

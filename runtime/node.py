@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import platform
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
-import onnxruntime
 
 from runtime import cascade, manifest, packet, reply, topics
 from runtime.batcher import Batcher
@@ -30,6 +27,7 @@ from runtime.errors import BundleError, ConfigError, PacketError
 from runtime.link import Link, open_link
 from runtime.packet import Kind, Packet
 from runtime.policy import ExitPolicy
+from runtime.presence import Presence
 from runtime.reply import Reply
 from runtime.segment import load_segments
 from runtime.topics import Subtree
@@ -106,7 +104,15 @@ class Node:
         )
         clients: Literal["d", "n"] = "d" if config.serves == "devices" else "n"
         self._link.subscribe(topics.requests(config.site, clients, config.pool), self._received)
-        self._link.on_connect(self._announce)
+        told = {
+            "bundle": bundle.id,
+            "tier": self.tier_name,
+            "last_segment": last,
+            "serves": config.serves,
+        }
+        self._presence = Presence(
+            self._link, self._topics, self.counters, stats_interval_s=config.stats_interval_s, told=told
+        )
         self._stopping = False
         self._up_site = None if config.uplink is None else config.uplink.site or config.site
         self._upper_link = self._link
@@ -130,16 +136,13 @@ class Node:
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, then answer what was taken in."""
-        next_stats_s = time.monotonic() + self._config.stats_interval_s
         links = [self._link] if self._upper_link is self._link else [self._link, self._upper_link]
         for link in links:
             link.start()
         while not stop.is_set():
             self._serve(self._batcher.take(IDLE_S if self._uplink is None else self._uplink.patience_s(IDLE_S)))
             self._expire()
-            if time.monotonic() >= next_stats_s:
-                next_stats_s += self._config.stats_interval_s
-                self._publish_stats()
+            self._presence.tell()
         self._close(links)
 
     def _received(self, topic: str, data: bytes) -> None:
@@ -312,24 +315,6 @@ class Node:
             for sent in self._uplink.expire(time.monotonic_ns()):
                 self._answer_myself(sent.context, "deadline")
 
-    def _announce(self) -> None:
-        birth = {
-            "kinflow": version("kinflow"),
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "bundle": self.bundle.id,
-            "tier": self.tier_name,
-            "last_segment": self._tier.last,
-            "serves": self._config.serves,
-        }
-        self._link.publish(self._topics.birth, msgspec.json.encode(birth), qos=1, retain=True)
-        self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
-
-    def _publish_stats(self) -> None:
-        if self._link.connected:
-            self._link.publish(self._topics.stats, msgspec.json.encode(self.counters.snapshot()))
-
     def _close(self, links: Sequence[Link]) -> None:
         self._stopping = True
         end_s = time.monotonic() + DRAIN_S
@@ -340,8 +325,6 @@ class Node:
             self._refuse(request, "stopping", "this node is stopping")
         for sent in self._uplink.drain() if self._uplink is not None else []:
             self._answer_myself(sent.context, "stopping")
-        self._publish_stats()
-        if self._link.connected:
-            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
+        self._presence.leave()
         for link in links:
             link.close()

@@ -45,11 +45,15 @@ LAYERS = (
         "coding",
         "uplink",
         "broker",
+        "presence",
         "preview",
         "watch",
     },  # and every variant of a seam
     {"device", "node"},
-    {"sim", "simulation", "summary", "live", "demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", *UI},
+    {
+        *("sim", "simulation", "scenario", "lane", "shaper", "strikes", "processes", "phases", "summary", "live"),
+        *("demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", *UI),
+    },
 )
 SEAMS = ("camera", "codec", "segment", "link", "task", "events")
 VARIANTS = 3  # the layer of `<seam>_<variant>`
