@@ -1,0 +1,308 @@
+"""What a sender knows of its link, of the nodes above and of its own work, from each frame and reply. Pure.
+
+A link is taken as a pipe: what goes up waits for what went before it, takes `bytes / goodput`, and its answer is there
+one round trip and the node's own time later. Replies say the node's time (`Reply.timings`), so what is left of a
+frame's time is `round trip + bytes / goodput`, with two unknowns. Where sizes differ enough among recent frames, the
+median of the slopes between pairs of them (Theil 1950, Sen 1968) parts the two; else the shortest round trip of the
+last minute is taken for the round trip. Medians are deaf to single frames; three frames in a row that contradict what
+was known make all before them obsolete, so a step of the link shows after three replies.
+
+Nothing here reads a clock: times come as nanoseconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MEMORY_NS = 4_000_000_000  # of frames in the fit of a link
+FLOOR_NS = 60_000_000_000  # of the shortest round trip
+SAMPLES = 24
+PAIRS = 6  # of frames with sizes apart, fewer do not tell a slope
+APART = 1.3  # ratio of two sizes that are apart
+CONTRADICTIONS = 3
+CONTRADICTS_RATIO, CONTRADICTS_MS = 0.5, 15.0  # of a frame's own transfer, and beside it
+LEAST_MS = 1.0  # below this a transfer cannot be told from noise, so goodput is known to be at least so much
+OUTCOMES = 50
+MISSES_LOST = 2  # frames in a row without a word from above after which the link counts as lost
+
+
+class Window:
+    """The last values of one quantity, with quantiles. An age says whether they still mean something."""
+
+    __slots__ = ("_at_ns", "_sorted", "_values")
+
+    def __init__(self, size: int = 32) -> None:
+        self._values: deque[float] = deque(maxlen=size)
+        self._sorted: list[float] | None = None
+        self._at_ns: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float, now_ns: int) -> None:
+        """Take a value; what is no finite number is none."""
+        if math.isfinite(value):
+            self._values.append(value)
+            self._sorted, self._at_ns = None, now_ns
+
+    def quantile(self, share: float) -> float | None:
+        """The value that `share` of those held do not exceed; None when there are none."""
+        if not self._values:
+            return None
+        if self._sorted is None:
+            self._sorted = sorted(self._values)
+        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
+
+    def age_ms(self, now_ns: int) -> float:
+        """Since the last value; infinite when there has been none."""
+        return math.inf if self._at_ns is None else (now_ns - self._at_ns) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEstimate:
+    """What is known of a link now."""
+
+    goodput: float | None  # bytes a second; None: no answer has ever come
+    rtt_ms: float | None  # of a message of no bytes, the node's own time not counted
+    jitter_ms: float  # by which the slowest tenth of recent frames were later than these two say
+    loss_ratio: float  # of frames without an answer, while later ones had theirs
+    lost: bool  # nothing has come back for so many frames, or so long, that nothing is to be expected
+    age_ms: float  # since the last word from above; infinite: there was none
+    bounded: bool = False  # goodput is only known to be at least this
+
+
+UNKNOWN = LinkEstimate(None, None, 0.0, 0.0, lost=False, age_ms=math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    at_ns: int
+    size: int
+    whole_ms: float  # from when it went up to its answer, without the node's time
+    ms: float  # the same from when the pipe was free for it
+    gap_ms: float | None  # where it waited behind another: how long after that one it passed; all of it is transfer
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    rtt_ms: float
+    ms_per_byte: float
+    spread: float  # of the slopes, between their quartiles
+    unlike_ms: float  # median distance of the frames from it
+
+
+class LinkEstimator:
+    """Learns a link from what went up and what came back. The caller keeps its calls in one thread at a time."""
+
+    def __init__(self) -> None:
+        self._samples: deque[_Sample] = deque(maxlen=SAMPLES)
+        self._floors: deque[tuple[int, float]] = deque()  # (when, ms), rising: the first is the shortest
+        self._outcomes: OrderedDict[int, bool] = OrderedDict()  # by when it went up: whether an answer came
+        self._rtt_ms: float | None = None
+        self._ms_per_byte: float | None = None
+        self._against = 0  # frames in a row that contradict the fit: how many, later ones positive
+        self._passed_ns = self._passed_sent_ns = 0  # of the frame sent last among those answered
+        self._fitted_ns = 0  # when sizes last told the round trip
+        self._heard_ns: int | None = None
+        self._misses = 0
+
+    def replied(self, sent_ns: int, replied_ns: int, size: int, node_ms: float) -> None:
+        """An answer came, in time or late, for a frame of `size` bytes that went up at `sent_ns`."""
+        self._hear(sent_ns, replied_ns)
+        if sent_ns <= self._passed_sent_ns:
+            return  # later ones overtook it, so what held it up was not the pipe
+        passed_ns = replied_ns - round(max(0.0, node_ms) * 1e6)
+        whole_ms = max(0.0, (passed_ns - sent_ns) / 1e6)
+        gap_ms = (passed_ns - self._passed_ns) / 1e6
+        gap_ms = gap_ms if gap_ms > 0 else math.inf
+        self._passed_ns, self._passed_sent_ns = passed_ns, sent_ns
+        waited = self._rtt_ms is not None and gap_ms + self._rtt_ms < whole_ms
+        ms = gap_ms + (self._rtt_ms or 0.0) if waited else whole_ms
+        self._contradict(size, ms)
+        self._samples.append(_Sample(replied_ns, size, whole_ms, ms, gap_ms if waited else None))
+        while self._samples and self._samples[0].at_ns < replied_ns - MEMORY_NS and len(self._samples) > CONTRADICTIONS:
+            self._samples.popleft()
+        if not waited:
+            self._remember_floor(replied_ns, ms)
+        self._fit(replied_ns)
+
+    def heard(self, sent_ns: int, now_ns: int) -> None:
+        """A word came that tells no time, as a refusal does."""
+        self._hear(sent_ns, now_ns)
+
+    def missed(self, sent_ns: int) -> None:
+        """No answer came in time for the frame that went up at `sent_ns`."""
+        self._record(sent_ns, answered=False)
+        if self._heard_ns is None or sent_ns > self._heard_ns:  # else the link lives, and this one frame was lost
+            self._misses += 1
+
+    def estimate(self, now_ns: int, waiting_since_ns: int | None = None, waiting_bytes: int = 0) -> LinkEstimate:
+        """What is known now.
+
+        Args:
+            now_ns: the time.
+            waiting_since_ns: when the frame went up that has waited longest for its answer; None: none waits.
+            waiting_bytes: its size.
+        """
+        age_ms = math.inf if self._heard_ns is None else (now_ns - self._heard_ns) / 1e6
+        loss = sum(not answered for answered in self._outcomes.values()) / max(len(self._outcomes), 10)
+        if self._rtt_ms is None or self._ms_per_byte is None:
+            return LinkEstimate(None, None, 0.0, loss, lost=self._misses >= MISSES_LOST, age_ms=age_ms)
+        ms_per_byte, rtt_ms = self._ms_per_byte, self._rtt_ms
+        late = sorted(sample.ms - rtt_ms - sample.size * ms_per_byte for sample in self._samples)
+        jitter_ms = max(0.0, late[min(len(late) - 1, int(0.9 * len(late)))]) if len(late) > CONTRADICTIONS else 0.0
+        if waiting_since_ns is not None and waiting_bytes > 0:
+            # What has not come back yet says how slow the link must be at least.
+            since_ms = (
+                (now_ns - max(waiting_since_ns, self._passed_ns - round(rtt_ms * 1e6))) / 1e6 - rtt_ms - jitter_ms
+            )
+            if since_ms > 3 * waiting_bytes * ms_per_byte + CONTRADICTS_MS:
+                ms_per_byte = since_ms / waiting_bytes
+        typical = max((sample.size for sample in self._samples), default=1)
+        return LinkEstimate(
+            goodput=1000 / ms_per_byte,
+            rtt_ms=rtt_ms,
+            jitter_ms=jitter_ms,
+            loss_ratio=loss,
+            lost=self._misses >= MISSES_LOST,
+            age_ms=age_ms,
+            bounded=typical * ms_per_byte <= max(2 * LEAST_MS, jitter_ms),
+        )
+
+    def _hear(self, sent_ns: int, now_ns: int) -> None:
+        self._record(sent_ns, answered=True)
+        self._heard_ns = now_ns if self._heard_ns is None else max(self._heard_ns, now_ns)
+        self._misses = 0
+
+    def _record(self, sent_ns: int, *, answered: bool) -> None:
+        self._outcomes[sent_ns] = answered
+        while len(self._outcomes) > OUTCOMES:
+            self._outcomes.popitem(last=False)
+
+    def _contradict(self, size: int, ms: float) -> None:
+        """Forget what was known when frame after frame says otherwise, all in the same direction."""
+        if self._rtt_ms is None or self._ms_per_byte is None:
+            return
+        off_ms = ms - self._rtt_ms - size * self._ms_per_byte
+        if abs(off_ms) <= CONTRADICTS_RATIO * size * self._ms_per_byte + CONTRADICTS_MS:
+            self._against = 0
+            return
+        direction = 1 if off_ms > 0 else -1
+        self._against = self._against + direction if self._against * direction > 0 else direction
+        if abs(self._against) >= CONTRADICTIONS:
+            self._against = 0
+            while len(self._samples) >= CONTRADICTIONS:
+                self._samples.popleft()
+
+    def _remember_floor(self, now_ns: int, ms: float) -> None:
+        while self._floors and self._floors[-1][1] >= ms:
+            self._floors.pop()
+        self._floors.append((now_ns, ms))
+        while self._floors[0][0] < now_ns - FLOOR_NS:
+            self._floors.popleft()
+
+    def _fit(self, now_ns: int) -> None:
+        """Part the times of recent frames in a round trip and a time for each byte."""
+        known_ms = self._floors[0][1] if self._floors else math.inf
+        if self._rtt_ms is not None and (now_ns - self._fitted_ns < FLOOR_NS or not self._floors):
+            known_ms = min(known_ms, self._rtt_ms)
+        free = self._fit_sizes()
+        waited = [(sample.gap_ms, sample.size) for sample in self._samples if sample.gap_ms is not None]
+        rest = [sample for sample in self._samples if sample.gap_ms is None]
+        if len(waited) >= CONTRADICTIONS or not rest:
+            ms_per_byte = _median([gap_ms / size for gap_ms, size in waited])
+            unlike_ms = _median([abs(gap_ms - size * ms_per_byte) for gap_ms, size in waited])
+            rtt_ms = min([known_ms, *(max(0.0, sample.ms - sample.size * ms_per_byte) for sample in rest)])
+            if free is not None and free.unlike_ms <= unlike_ms:  # no queue, but a longer way
+                rtt_ms, ms_per_byte = free.rtt_ms, free.ms_per_byte
+                self._fitted_ns = now_ns
+        else:
+            middle_ms = _median([sample.ms for sample in rest])
+            middle_size = _median([float(sample.size) for sample in rest])
+            rtt_ms, ms_per_byte = known_ms, max(0.0, middle_ms - known_ms) / middle_size
+            if free is not None and 2 * free.spread <= max(free.ms_per_byte, ms_per_byte):
+                rtt_ms, ms_per_byte = free.rtt_ms, free.ms_per_byte
+                self._fitted_ns = now_ns
+        largest = max(sample.size for sample in self._samples)
+        self._rtt_ms, self._ms_per_byte = rtt_ms, max(ms_per_byte, LEAST_MS / largest)
+
+    def _fit_sizes(self) -> _Fit | None:
+        """What sizes alone say, were none of the frames kept waiting; None where too few are apart."""
+        samples = list(self._samples)
+        slopes = sorted(
+            (one.whole_ms - other.whole_ms) / (one.size - other.size)
+            for place, one in enumerate(samples)
+            for other in samples[:place]
+            if max(one.size, other.size) >= APART * min(one.size, other.size)
+        )
+        if len(slopes) < PAIRS:
+            return None
+        low, slope, high = (slopes[len(slopes) * quarter // 4] for quarter in (1, 2, 3))
+        slope = max(0.0, slope)
+        rtt_ms = max(0.0, _median([sample.whole_ms - sample.size * slope for sample in samples]))
+        unlike_ms = _median([abs(sample.whole_ms - rtt_ms - sample.size * slope) for sample in samples])
+        return _Fit(rtt_ms, slope, high - low, unlike_ms)
+
+
+class WorkEstimator:
+    """Learns how long named stages take: a device's own, and by segment and in sum those of the nodes above."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Window] = {}
+
+    def took(self, stages: Mapping[str, float], now_ns: int) -> None:
+        """Stages of one frame and their milliseconds."""
+        for stage, ms in stages.items():
+            window = self._stages.get(stage)
+            if window is None:
+                window = self._stages[stage] = Window()
+            window.add(ms, now_ns)
+
+    def ms(self, stage: str, share: float = 0.5) -> float | None:
+        """The quantile `share` of a stage's recent times; None: it has not been seen."""
+        window = self._stages.get(stage)
+        return None if window is None else window.quantile(share)
+
+    def stages(self) -> tuple[str, ...]:
+        """All that have been seen."""
+        return tuple(self._stages)
+
+
+def node_stages(timings: Mapping[str, float]) -> dict[str, float]:
+    """A reply's timings as stages that compare between cuts: `segmentK`, and all that is no segment as `rest`."""
+    found: dict[str, float] = {"rest": 0.0}
+    for name, ms in timings.items():
+        stage = name.rpartition(".")[2]
+        if stage.startswith("segment"):
+            found[stage] = found.get(stage, 0.0) + ms
+        else:
+            found["rest"] += ms
+    return found
+
+
+class RateEstimator:
+    """Learns how many frames come a second."""
+
+    def __init__(self) -> None:
+        self._gaps = Window()
+        self._last_ns: int | None = None
+
+    def taken(self, now_ns: int) -> None:
+        """A frame was taken."""
+        if self._last_ns is not None and now_ns > self._last_ns:
+            self._gaps.add((now_ns - self._last_ns) / 1e9, now_ns)
+        self._last_ns = now_ns
+
+    @property
+    def per_second(self) -> float | None:
+        """None: not known yet."""
+        gap_s = self._gaps.quantile(0.5)
+        return None if gap_s is None or gap_s <= 0 else 1 / gap_s
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.estimates import LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
+
+MS = 1_000_000
+SECOND = 1000 * MS
+
+
+class Pipe:
+    """A link of a given goodput and round trip; frames go up one after the other, times in ns."""
+
+    def __init__(self, goodput: float, rtt_ms: float, *, noise_ms: float = 0.0, seed: int = 0) -> None:
+        self.goodput, self.rtt_ms, self.noise_ms = goodput, rtt_ms, noise_ms
+        self.chance = random.Random(seed)
+        self.free_ns = 0
+
+    def answered_ns(self, sent_ns: int, size: int, node_ms: float) -> int:
+        self.free_ns = max(self.free_ns, sent_ns) + round(size / self.goodput * 1e9)
+        return self.free_ns + round((self.rtt_ms + node_ms + self.chance.random() * self.noise_ms) * MS)
+
+
+def feed(
+    link: LinkEstimator,
+    pipe: Pipe,
+    *,
+    start_s: float,
+    seconds: float,
+    sizes: tuple[int, int],
+    hz: float = 10,
+    node_ms: float = 20.0,
+) -> int:
+    """Send frames of sizes drawn between two bounds and take their answers in their order. Returns the end."""
+    begin = round(start_s * SECOND)
+    answers = []
+    for n in range(round(seconds * hz)):
+        sent_ns = begin + round(n / hz * SECOND)
+        size = pipe.chance.randint(*sizes)
+        answers.append((pipe.answered_ns(sent_ns, size, node_ms), sent_ns, size))
+    for answered_ns, sent_ns, size in sorted(answers):
+        link.replied(sent_ns, answered_ns, size, node_ms)
+    return max(answers)[0]
+
+
+def test_nothing_is_known_before_the_first_answer() -> None:
+    known = LinkEstimator().estimate(5 * SECOND)
+    assert (known.goodput, known.rtt_ms, known.lost, known.loss_ratio) == (None, None, False, 0.0)
+    assert math.isinf(known.age_ms)
+
+
+@given(
+    goodput=st.floats(30e3, 400e3),
+    rtt_ms=st.floats(5, 300),
+    seed=st.integers(0, 1000),
+)
+def test_sizes_that_differ_tell_goodput_and_round_trip_apart(goodput: float, rtt_ms: float, seed: int) -> None:
+    link = LinkEstimator()
+    end = feed(link, Pipe(goodput, rtt_ms, noise_ms=1.0, seed=seed), start_s=1, seconds=5, sizes=(1000, 8000), hz=3)
+    known = link.estimate(end)
+    assert known.goodput == pytest.approx(goodput, rel=0.3)
+    assert known.rtt_ms == pytest.approx(rtt_ms, abs=max(20.0, 0.15 * rtt_ms))
+    assert not known.lost
+    assert known.age_ms == 0
+
+
+def test_waiting_behind_other_frames_is_not_taken_for_the_links_slowness() -> None:
+    link, pipe = LinkEstimator(), Pipe(50e3, 100)
+    sizes = [2000, 5000, 3000, 6000, 2500, 4500, 3500, 5500]
+    sent = [SECOND + n * 30 * MS for n in range(len(sizes))]  # three times what the link carries
+    for sent_ns, size in zip(sent, sizes, strict=True):
+        link.replied(sent_ns, pipe.answered_ns(sent_ns, size, 0.0), size, 0.0)
+    assert link.estimate(2 * SECOND).goodput == pytest.approx(50e3, rel=0.3)
+
+
+def test_a_step_down_shows_after_three_answers() -> None:
+    link = LinkEstimator()
+    feed(link, Pipe(1e6, 160), start_s=1, seconds=10, sizes=(2000, 3000))
+    assert (link.estimate(11 * SECOND).goodput or 0) > 200e3
+    end = feed(link, Pipe(32e3, 160), start_s=12, seconds=0.4, sizes=(2000, 3000))
+    assert link.estimate(end).goodput == pytest.approx(32e3, rel=0.5)
+
+
+def test_a_step_up_shows_after_three_answers() -> None:
+    link = LinkEstimator()
+    feed(link, Pipe(1e6, 160), start_s=1, seconds=1, sizes=(2000, 3000))
+    feed(link, Pipe(32e3, 160), start_s=3, seconds=10, sizes=(2000, 3000), hz=5)
+    assert (link.estimate(14 * SECOND).goodput or 0) < 60e3
+    end = feed(link, Pipe(1e6, 160), start_s=15, seconds=0.4, sizes=(2000, 3000))
+    assert (link.estimate(end).goodput or 0) > 200e3
+
+
+def test_a_longer_way_is_not_taken_for_a_narrower_one_where_sizes_differ() -> None:
+    link = LinkEstimator()
+    feed(link, Pipe(100e3, 50), start_s=1, seconds=5, sizes=(1000, 4000))
+    end = feed(link, Pipe(100e3, 350), start_s=7, seconds=5, sizes=(1000, 4000))
+    known = link.estimate(end)
+    assert known.goodput == pytest.approx(100e3, rel=0.4)
+    assert known.rtt_ms == pytest.approx(350, rel=0.1)
+
+
+@given(st.integers(0, 23), st.floats(300, 20_000))
+def test_one_straggler_changes_little(place: int, extra_ms: float) -> None:
+    link, pipe = LinkEstimator(), Pipe(100e3, 50)
+    answers = []
+    for n in range(24):
+        sent_ns, size = SECOND + n * 100 * MS, 1000 + 500 * (n % 7)
+        late_ms = extra_ms if n == place else 0.0
+        answers.append((pipe.answered_ns(sent_ns, size, late_ms), sent_ns, size))
+    for answered_ns, sent_ns, size in sorted(answers):
+        link.replied(sent_ns, answered_ns, size, 0.0)
+    known = link.estimate(4 * SECOND)
+    assert known.goodput == pytest.approx(100e3, rel=0.35)
+    assert known.rtt_ms == pytest.approx(50, rel=0.35)
+
+
+def test_two_frames_without_a_word_and_the_link_is_lost_until_one_comes() -> None:
+    link = LinkEstimator()
+    feed(link, Pipe(100e3, 50), start_s=1, seconds=1, sizes=(1000, 4000))
+    link.missed(3 * SECOND)
+    assert not link.estimate(5 * SECOND).lost
+    link.missed(round(3.1 * SECOND))
+    assert link.estimate(5 * SECOND).lost
+    link.replied(3 * SECOND, 9 * SECOND, 1000, 0.0)  # late, but it lives
+    assert not link.estimate(9 * SECOND).lost
+
+
+def test_a_frame_that_later_ones_overtook_is_a_loss_and_no_outage() -> None:
+    link = LinkEstimator()
+    for n in range(50):
+        sent_ns = SECOND + n * 100 * MS
+        if n % 10 == 5:
+            continue
+        link.replied(sent_ns, sent_ns + 60 * MS, 1000, 0.0)
+    for n in range(5, 50, 10):
+        link.missed(SECOND + n * 100 * MS)
+    known = link.estimate(10 * SECOND)
+    assert not known.lost
+    assert known.loss_ratio == pytest.approx(0.1, abs=0.01)
+
+
+def test_what_waits_says_how_slow_the_link_is_at_least() -> None:
+    link = LinkEstimator()
+    end = feed(link, Pipe(1e6, 100), start_s=1, seconds=3, sizes=(2000, 3000))
+    quick = link.estimate(end + 120 * MS, end + MS, 2500)
+    slow = link.estimate(end + 1100 * MS, end + MS, 2500)
+    assert quick.goodput == link.estimate(end).goodput
+    assert slow.goodput is not None
+    assert slow.goodput <= 2500 / 0.9
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=80), st.floats(0, 0.999))
+def test_a_window_holds_the_last_values(values: list[float], share: float) -> None:
+    window = Window(32)
+    for place, value in enumerate(values):
+        window.add(value, place * MS)
+    window.add(math.nan, 10**12)
+    held = values[-32:]
+    found = window.quantile(share)
+    assert found in held
+    assert sum(value < found for value in held) <= share * len(held)
+    assert len(window) == len(held)
+    assert window.age_ms(len(values) * MS) == pytest.approx(1.0)
+
+
+def test_an_empty_window_knows_nothing() -> None:
+    assert Window().quantile(0.5) is None
+    assert math.isinf(Window().age_ms(7))
+
+
+def test_stages_of_a_reply_compare_between_tiers() -> None:
+    timings = {"edge.queue": 1.0, "edge.decode": 2.0, "edge.segment1": 5.0, "cloud.segment2": 7.0, "edge.network": 10.0}
+    assert node_stages(timings) == {"rest": 13.0, "segment1": 5.0, "segment2": 7.0}
+
+
+def test_work_is_known_by_stage() -> None:
+    work = WorkEstimator()
+    for ms in (5.0, 6.0, 90.0):
+        work.took({"segment0": ms}, 1)
+    assert work.ms("segment0") == 6.0
+    assert work.ms("segment0", 0.9) == 90.0
+    assert work.ms("exit1") is None
+    assert work.stages() == ("segment0",)
+
+
+def test_frames_a_second() -> None:
+    rate = RateEstimator()
+    assert rate.per_second is None
+    for n in range(10):
+        rate.taken(n * 66_666_667)
+    assert rate.per_second == pytest.approx(15, rel=0.01)
