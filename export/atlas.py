@@ -133,6 +133,8 @@ class Atlas(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     machine: dict[str, str]
     threads: int
     frames: Frames
+    agreement_is: str  # in words
+    distance_is: str  # what `kl_mean` and `kl_p50` of the rows are called
     clip: Frames | None = None
     verdict: Verdict | None = None
     ceiling: CodecRow | None = None  # the segments without any codec

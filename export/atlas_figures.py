@@ -48,7 +48,7 @@ def frontier(atlas: Atlas, prefix: str, *, wide: bool) -> str:
             top = max(rows, key=lambda row: (row.agreement, -row.bytes_mean))
             labels.append(Label(top.bytes_mean, top.agreement, _name(rows, rated), colour))
         axes.set_ylim(low, 1.004)
-        _percent(axes, "answers equal to the whole model's")
+        _percent(axes, "agreement with the whole model")
         if atlas.ceiling is not None and atlas.ceiling.agreement < 1:
             axes.axhline(atlas.ceiling.agreement, color=MUTED, lw=0.8, ls=(0, (1, 2)), zorder=1)
             words = f"segments without codec {atlas.ceiling.agreement:.1%}"
@@ -140,7 +140,7 @@ def exits(atlas: Atlas, prefix: str, *, wide: bool) -> str:
 
 
 def clip(atlas: Atlas, prefix: str, *, wide: bool) -> str:
-    """KL from the whole model against bytes, every frame of a clip sent: features between frames and video codecs."""
+    """Distance from the whole model against bytes, every frame of a clip sent: features and video codecs."""
     lines = curves_of(row for row in atlas.rows if row.way == "stream")
     rivals = curves_of(row for row in atlas.rows if row.way == "video")
     rows = [row for group in (*lines, *rivals) for row in group]
@@ -159,9 +159,9 @@ def clip(atlas: Atlas, prefix: str, *, wide: bool) -> str:
         log_ticks(axes.yaxis, min(values) / 1.2, max(values) * 1.2, dense=True)
         _bytes_axis(axes, [row.bytes_mean for row in rows], wide=wide)
         axes.grid(axis="y")
-        axes.set_ylabel("KL from the whole model, nats")
+        axes.set_ylabel(f"{atlas.distance_is} from the whole model")
         fit(made, axes, labels)
-        return to_svg(made, prefix, "KL from the whole model against bytes of a frame in a clip")
+        return to_svg(made, prefix, f"{atlas.distance_is} from the whole model against bytes of a frame in a clip")
 
 
 def curves_of(rows: Iterable[CodecRow]) -> list[Curve]:

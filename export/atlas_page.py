@@ -88,7 +88,7 @@ def _head(atlas: Atlas) -> str:
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return (
         f'<header>\n<p class="kicker">Kinflow atlas</p>\n<h1>{escape(atlas.name)}</h1>\n{verdict}'
-        '<p class="quiet">Agreement: the share of frames whose answer is that of the whole, unsplit float model. '
+        f'<p class="quiet">Agreement: {escape(atlas.agreement_is)}. '
         "Bytes: the whole MQTT message.</p>\n"
         f"<dl>{rows}</dl>\n</header>"
     )

@@ -20,7 +20,7 @@ from export.bench_rivals import judge_rivals, missing
 from export.bench_rows import Point
 from export.report import Report
 from export.source import InputOptions
-from export.task import Outputs
+from export.task import Outputs, open_judge
 from runtime.datatypes import Tensor
 from runtime.manifest import Bundle
 
@@ -103,6 +103,8 @@ def judge(
         machine=timing.machine(),
         threads=threads,
         frames=_frames(judges),
+        agreement_is=open_judge(bundle).agreement,
+        distance_is=open_judge(bundle).distance,
         ceiling=judged.ceiling.row,
         times=atlases.cut_times(
             [cut.after for cut in manifest.cuts], judged.segment_ms, [segment.macs for segment in manifest.segments]

@@ -39,7 +39,7 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
         ceiling = atlas.ceiling
         yield (
             f"Agreement with the whole float model. The segments without any codec: {_share(ceiling)}, n {ceiling.n}, "
-            f"KL {ceiling.kl_mean:.3f}",
+            f"{atlas.distance_is} {ceiling.kl_mean:.3f}",
             (
                 "cut",
                 "after",
@@ -49,7 +49,7 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
                 "p95",
                 "mean",
                 "agreement [95 %]",
-                "KL",
+                atlas.distance_is,
                 "encode ms",
                 "decode ms",
             ),
@@ -57,7 +57,11 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
         )
     for ways, quality, words in (
         (("features", "picture"), "agreement", "Mean bytes of a frame at equal agreement"),
-        (("stream", "video"), "kl", "Every frame of a clip sent: mean bytes of one at equal KL from the whole model"),
+        (
+            ("stream", "video"),
+            "kl",
+            f"Every frame of a clip sent: mean bytes of one at equal {atlas.distance_is} from the whole model",
+        ),
         (("stream", "video"), "agreement", "Every frame of a clip sent: mean bytes of one at equal agreement"),
     ):
         compared = [row for row in atlas.equal if row.way in ways and row.quality == quality]
@@ -71,7 +75,16 @@ def tables(atlas: Atlas) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]
         if rows:
             yield (
                 f"{words}, read off the measured curves [95 % of bootstrap draws]",
-                ("cut", "after", "codec", quality, "bytes", "best rival", "its bytes", "times fewer"),
+                (
+                    "cut",
+                    "after",
+                    "codec",
+                    atlas.distance_is if quality == "kl" else quality,
+                    "bytes",
+                    "best rival",
+                    "its bytes",
+                    "times fewer",
+                ),
                 [_equal(row) for row in rows],
             )
     if atlas.times:

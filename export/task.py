@@ -27,6 +27,8 @@ JUDGES = {
 class Judge(Protocol):
     """Compares the outputs of one bundle with those of the whole float model."""
 
+    agreement: str  # what it is, in words
+    distance: str  # what `divergence` is called
     likeness: str  # what `like` measures, in words
     proof: str  # and its name in the manifest's proof
     least_likeness: float  # below it a quantized model is not the same model any more

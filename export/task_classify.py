@@ -13,6 +13,8 @@ from runtime.manifest import Bundle
 class ClassifyJudge:
     """Agreement is the share of frames with the same label; the divergence is Kullback and Leibler's."""
 
+    agreement = "the share of frames whose answer is that of the whole, unsplit float model"
+    distance = "KL"
     likeness = "mean cosine of the logits"
     proof = "logit_cosine"
     least_likeness = 0.98

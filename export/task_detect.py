@@ -21,6 +21,8 @@ CERTAIN = 1e-3  # nearer to 0 or 1 than this no score is taken for a probability
 class DetectJudge:
     """Agreement is F1 over all boxes of all frames, a frame that is empty in both counting as one box found."""
 
+    agreement = "F1 of the boxes and those of the whole, unsplit float model, matched from an overlap (IoU) of .5 on"
+    distance = "1 - F1"
     likeness = "F1 of matched boxes"
     proof = "box_f1"
     least_likeness = 0.8

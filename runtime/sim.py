@@ -110,6 +110,8 @@ def plain(line: Line) -> str:
         return f"{line.frame:>6}  {'-':<7}{line.dropped:<34}{name}"
     words = f"{line.label:.30}"
     flag = "" if line.degraded is None else f"  degraded: {line.degraded}"
+    if line.repeats is not None:
+        flag = f"  repeats {line.repeats}"
     return (
         f"{line.frame:>6}  {line.tier:<7}exit {line.exit}  {words:<31}{line.confidence:>5.2f}"
         f"{line.bytes_up:>9,} B{line.age_ms:>9.1f} ms{flag}{name}"

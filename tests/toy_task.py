@@ -52,6 +52,7 @@ class Caption:
 
 
 class CaptionJudge:
+    agreement, distance = "the share of words", "words that differ"
     likeness, proof, least_likeness = "share of words", "words", 0.8
 
     def __init__(self, bundle: Bundle) -> None:
