@@ -205,9 +205,8 @@ def parse(text: str, kind: type[Config], name: str = "config") -> Config:
     try:
         config = msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        sentence = _sentence(str(error), kind).replace(".*", f".{_wrong_camera(tree)}", 1)
-        sentence = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
-        raise ConfigError(f"{name}: {sentence}") from error
+        words = sentence(str(error), kind).replace(".*", f".{_wrong_camera(tree)}", 1)
+        raise ConfigError(f"{name}: {printable(words)}") from error
     if not config.id:
         config = msgspec.structs.replace(config, id=re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host")
     _check(config, name)
@@ -245,8 +244,8 @@ def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
             )
 
 
-def _sentence(message: str, kind: type[Any]) -> str:
-    """Turn msgspec's words into ours: the path first, and the nearest known key."""
+def sentence(message: str, kind: type[Any]) -> str:
+    """Turn msgspec's words about a tree that is no `kind` into ours: the path first, and the nearest known key."""
     problem, _, path = message.partition(" - at `$.")
     path = path.rstrip("`").replace("[...]", ".*")
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem, re.DOTALL)
@@ -267,6 +266,11 @@ def _sentence(message: str, kind: type[Any]) -> str:
     return f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
 
 
+def printable(words: str) -> str:
+    """The same words on one line: keys of a file may hold anything."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
+
+
 def _wrong_camera(tree: dict[str, Any]) -> str:
     """The camera whose settings are wrong: msgspec names no keys of tables whose keys are free."""
     cameras = tree.get("camera")
@@ -283,7 +287,7 @@ def _fields_at(kind: type[Any], path: list[str]) -> dict[str, Any]:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if not path:
         return fields
-    inner = fields.get(path[0])
+    inner = fields.get(path[0].partition("[")[0])  # of an array all items are alike
     rest = path[1:]
     structs = [
         part for part in (inner, *get_args(inner)) if isinstance(part, type) and issubclass(part, msgspec.Struct)
