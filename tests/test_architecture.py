@@ -19,7 +19,7 @@ MAX_LINES = 350
 UI = ("ui", "ui_state", "ui_messages", "ui_view", "ui_charts", "ui_page")
 LAYERS = (
     {"datatypes", "errors", "counters"},
-    {"bundle_files", "gate_spec", "manifest", "config", "packet", "topics", "variant"},
+    {"bundle_files", "gate_spec", "manifest", "objective", "config", "packet", "topics", "variant"},
     {
         "preprocess",
         "boxes",
@@ -28,6 +28,7 @@ LAYERS = (
         "drift",
         "estimates",
         "planner",
+        "plan_rates",
         "plan_tables",
         "ladder",
         "thermals",
@@ -38,6 +39,8 @@ LAYERS = (
         "task",
         "camera",
         "capture",
+        "freshness",
+        "shared_frames",
         "segment",
         "link",
         "credentials",
@@ -158,8 +161,8 @@ def test_no_cycles() -> None:
 
 
 def test_a_device_is_light() -> None:
-    code = "import sys, runtime.device, runtime.capture, runtime.camera_opencv, runtime.camera_replay\n" + (
-        "import runtime.segment_onnx, runtime.link_mqtt, runtime.cli\nprint(*sys.modules)"
+    code = "import sys, runtime.device, runtime.capture, runtime.camera_opencv, runtime.camera_apart\n" + (
+        "import runtime.camera_pipe, runtime.camera_replay, runtime.camera_worker, runtime.segment_onnx, runtime.link_mqtt, runtime.cli\nprint(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

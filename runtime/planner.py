@@ -1,0 +1,280 @@
+"""Chooses among a bundle's candidates by the operator's objective, and says why in one sentence. Pure.
+
+Candidates that keep all limits come first; then those that keep all but the agreement; then those that keep only
+the limit on bytes; then the rest. Among the first the objective decides, among the second agreement, among the third
+age, among the last bytes. Ties go to fewer bytes, then to the younger answer, then to the first in the table, so that
+the same knowledge gives the same decision.
+
+A move away from a candidate that has come to miss a limit is made at once. Any other must keep the limits with a
+margin, gain enough, and have done both for a while (`HOLD_MS`, doubled each time such a move had to be taken back
+soon). With knowledge that stays as it is, a plan therefore moves no more than twice, and never back and forth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.ladder import FREE, Limits
+from runtime.objective import Objective
+from runtime.plan_tables import Candidate, Estimates, Predictions, Tables
+
+HOLD_MS, MAX_HOLD_MS = 1000.0, 16_000.0
+REGRET_MS = 10_000.0  # a move taken back within so long was one too many
+CALM_MS = 60_000.0  # and after so long without one, all is forgiven
+LATENCY_MARGIN, BYTES_MARGIN = 0.85, 0.9
+GAIN_AGREEMENT, GAIN_RATIO = 0.005, 0.1
+PROBE_RATIO = 4.0  # how much better a link may be than it is known to be
+START_GOODPUT = 125_000.0  # bytes a second, before anything is known
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is in force, what it was predicted to give, and why."""
+
+    index: int  # of the candidate in the tables
+    candidate: Candidate
+    latency_ms: float
+    bytes: float
+    agreement: float
+    rung: str
+    reason: str  # one word, for counters: start, latency, bytes, agreement, better, or the rung that forced it
+    why: str  # one sentence with numbers
+    kept: bool  # whether all limits are kept, by prediction
+    since_ns: int
+    wished_ns: int | None = None  # since when another has been better all the time
+    hold_ms: float = HOLD_MS
+    risen_ns: int | None = None  # when the last move was made that no limit forced
+
+
+def plan(
+    tables: Tables,
+    known: Estimates,
+    objective: Objective,
+    now_ns: int,
+    current: Decision | None,
+    *,
+    budget_ms: float,
+    limits: Limits = FREE,
+) -> Decision:
+    """Decide how frames are treated from now on.
+
+    Args:
+        tables: the candidates.
+        known: what is known now.
+        objective: what the operator wants.
+        now_ns: the time.
+        current: the decision in force; None: there is none yet.
+        budget_ms: after which an answer is worth nothing.
+        limits: what the ladder leaves.
+
+    Returns:
+        The decision: a new one with a new `since_ns` and sentence, or `current` with its predictions brought up to
+        date.
+    """
+    known = careful(known)
+    said = tables.predict(known)
+    allowed = tables.allowed(said, limits)
+    levels, tight = _levels(said, known, objective, budget_ms)
+    levels = np.where(allowed, levels, np.int64(FORBIDDEN))
+    best = _best(said, levels, objective)
+    if current is None:
+        why = f"{tables.candidates[best].words()}: {_figures(best, said, known, objective, budget_ms)}"
+        return _decide(tables, said, best, levels, limits, "start", why, now_ns)
+    here = current.index
+    tight = np.where(allowed, tight, np.int64(FORBIDDEN))
+    safe = _best(said, tight, objective)
+    if levels[best] < levels[here]:
+        target = safe if tight[safe] < levels[here] else best
+        reason, why = _forced(tables, said, here, target, levels, known, objective, budget_ms, limits)
+        soon = current.risen_ns is not None and now_ns - current.risen_ns < REGRET_MS * 1e6
+        hold_ms = min(MAX_HOLD_MS, 2 * current.hold_ms) if soon else current.hold_ms
+        decided = _decide(tables, said, target, levels, limits, reason, why, now_ns)
+        return replace(decided, hold_ms=hold_ms)
+    hold_ms = current.hold_ms
+    if now_ns - (current.risen_ns or current.since_ns) > CALM_MS * 1e6:
+        hold_ms = HOLD_MS
+    stays = replace(
+        _decide(tables, said, here, levels, limits, current.reason, current.why, current.since_ns),
+        hold_ms=hold_ms,
+        risen_ns=current.risen_ns,
+    )
+    if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
+        return stays
+    wished_ns = now_ns if current.wished_ns is None else current.wished_ns
+    if now_ns - wished_ns < hold_ms * 1e6:
+        return replace(stays, wished_ns=wished_ns)
+    why = (
+        f"{_change(tables.candidates[here], tables.candidates[safe])}: "
+        f"{_figures(safe, said, known, objective, budget_ms)}, {_figures(here, said, known, None, budget_ms)} before"
+    )
+    decided = _decide(tables, said, safe, levels, limits, "better", why, now_ns)
+    return replace(decided, hold_ms=hold_ms, risen_ns=now_ns)
+
+
+def probe(
+    tables: Tables, known: Estimates, objective: Objective, current: Decision, *, budget_ms: float, limits: Limits
+) -> Candidate | None:
+    """What to send one frame with to learn whether the link has become better; None: there is nothing to learn.
+
+    While nothing may go up it is the cheapest way of all.
+    """
+    known = careful(known)
+    if not limits.sends or current.candidate.way is None:
+        said = tables.predict(known)
+        cheapest = np.where(tables.sending, said.transfer_ms, np.inf)
+        index = int(np.argmin(cheapest))
+        return tables.candidates[index] if math.isfinite(cheapest[index]) else None
+    link = known.link
+    assert link.goodput is not None, "`careful` knows one"
+    better = replace(known, link=replace(link, goodput=PROBE_RATIO * link.goodput, jitter_ms=0.0))
+    said = tables.predict(better)
+    levels, _ = _levels(said, better, objective, budget_ms)
+    levels = np.where(tables.allowed(said, limits), levels, np.int64(FORBIDDEN))
+    index = _best(said, levels, objective)
+    found = tables.candidates[index]
+    here = current.index
+    if found.way is None or levels[index] > levels[here]:
+        return None
+    better_there = levels[index] < levels[here] or _gains(said, here, index, int(levels[here]), objective)
+    # Only what can be sent from where the device stands: a probe is one frame of the run as it is.
+    same = (found.variant, found.last_segment) == (current.candidate.variant, current.candidate.last_segment)
+    return found if better_there and same and found.way != current.candidate.way else None
+
+
+def careful(known: Estimates) -> Estimates:
+    """The same with a modest link where none is known."""
+    if known.link.goodput is not None:
+        return known
+    return replace(known, link=replace(known.link, goodput=START_GOODPUT, rtt_ms=known.link.rtt_ms or 50.0))
+
+
+KEPT, UNLIKE, LATE, COSTLY, FORBIDDEN = range(5)  # levels: which limits a candidate keeps
+Levels = NDArray[np.int64]
+
+
+def _levels(said: Predictions, known: Estimates, objective: Objective, budget_ms: float) -> tuple[Levels, Levels]:
+    """Which limits each candidate keeps: as they are, and with the margins that a move needs."""
+    most_ms, most_bytes = _latency_limit(objective, budget_ms), objective.max_bytes_per_second or math.inf
+    like = said.agreement >= (objective.min_agreement or 0.0)
+    found = []
+    for latency_margin, bytes_margin in ((1.0, 1.0), (LATENCY_MARGIN, BYTES_MARGIN)):
+        cheap = said.bytes * known.frames_per_second <= most_bytes * bytes_margin
+        quick = said.latency_ms <= most_ms * latency_margin
+        levels = np.where(~cheap, COSTLY, np.where(~quick, LATE, np.where(~like, UNLIKE, KEPT)))
+        found.append(levels.astype(np.int64))
+    return found[0], found[1]
+
+
+def _latency_limit(objective: Objective, budget_ms: float) -> float:
+    return min(budget_ms, objective.latency_p95_ms or budget_ms)
+
+
+def _best(said: Predictions, levels: Levels, objective: Objective) -> int:
+    """The candidate that stands first."""
+    level = int(levels.min())
+    rows = np.flatnonzero(levels == level)
+    for values in (_metric(said, level, objective), said.bytes, said.latency_ms):
+        here = values[rows]
+        least = here.min()
+        rows = rows[here <= least + 1e-9 * max(1.0, abs(least))]
+    return int(rows[0])
+
+
+def _metric(said: Predictions, level: int, objective: Objective) -> NDArray[np.float64]:
+    """What decides within a level; less is better."""
+    aim = {UNLIKE: "agreement", LATE: "latency", COSTLY: "bytes"}.get(level, objective.optimize)
+    return {"agreement": -said.agreement, "latency": said.latency_ms, "bytes": said.bytes}[aim]
+
+
+def _gains(said: Predictions, here: int, there: int, level: int, objective: Objective) -> bool:
+    """Whether a move is worth it, though nothing forces it."""
+    metric = _metric(said, level, objective)
+    gain = float(metric[here] - metric[there])
+    least = GAIN_AGREEMENT if metric[here] <= 0 else GAIN_RATIO * float(metric[here])
+    if gain > least:
+        return True
+    # As good, for much fewer bytes.
+    return gain >= -1e-9 and float(said.bytes[there]) < (1 - 2 * GAIN_RATIO) * float(said.bytes[here])
+
+
+def _decide(
+    tables: Tables,
+    said: Predictions,
+    index: int,
+    levels: Levels,
+    limits: Limits,
+    reason: str,
+    why: str,
+    since_ns: int,
+) -> Decision:
+    return Decision(
+        index=index,
+        candidate=tables.candidates[index],
+        latency_ms=float(said.latency_ms[index]),
+        bytes=float(said.bytes[index]),
+        agreement=float(said.agreement[index]),
+        rung=limits.rung,
+        reason=reason,
+        why=why,
+        kept=bool(levels[index] == KEPT),
+        since_ns=since_ns,
+    )
+
+
+def _forced(
+    tables: Tables,
+    said: Predictions,
+    here: int,
+    there: int,
+    levels: Levels,
+    known: Estimates,
+    objective: Objective,
+    budget_ms: float,
+    limits: Limits,
+) -> tuple[str, str]:
+    """Reason and sentence of a move that a limit forces."""
+    change = _change(tables.candidates[here], tables.candidates[there])
+    level = int(levels[here])
+    if level == FORBIDDEN:
+        return limits.rung, f"{change}: {limits.reason}"
+    if level == COSTLY:
+        rate = float(said.bytes[here]) * known.frames_per_second
+        return (
+            "bytes",
+            f"{change}: {rate:,.0f} bytes a second would go up, {objective.max_bytes_per_second:,.0f} allowed",
+        )
+    if level == UNLIKE:
+        lacks = f"agreement would be {said.agreement[here]:.3f}, {objective.min_agreement:g} is wanted"
+        return "agreement", f"{change}: {lacks}"
+    limit_ms = _latency_limit(objective, budget_ms)
+    whole_ms = f"{said.latency_ms[here]:,.0f} ms in all, {limit_ms:,.0f} ms allowed"
+    if tables.candidates[here].way is None:
+        return "latency", f"{change}: it would take {whole_ms}"
+    link = known.link
+    speed = (link.goodput or 0.0) * 8 / 1000
+    size = f"{said.transfer_ms[here] * (link.goodput or 0.0) / 1e6:,.1f} kB"
+    took = f"{size} would take {said.transfer_ms[here]:,.0f} ms at {speed:,.0f} kbit/s"
+    return "latency", f"{change}: {took}, {whole_ms}"
+
+
+def _change(here: Candidate, there: Candidate) -> str:
+    """A move in words, as short as can be."""
+    if here.way is not None and there.way is not None and replace(here, way=there.way, parameter=0.0) == replace(
+        there, parameter=0.0
+    ) and (here.way.cut, here.way.codec) == (there.way.cut, there.way.codec):  # fmt: skip
+        return f"rate {there.parameter:g} instead of {here.parameter:g}"
+    return f"{there.words()} instead of {here.words()}"
+
+
+def _figures(index: int, said: Predictions, known: Estimates, objective: Objective | None, budget_ms: float) -> str:
+    """What a candidate would give, in words."""
+    text = f"agreement {said.agreement[index]:.3f}, {said.bytes[index]:,.0f} bytes a frame"
+    text += f", p95 {said.latency_ms[index]:,.0f} ms"
+    if objective is None:
+        return text
+    speed = (known.link.goodput or 0.0) * 8 / 1000
+    return f"{text} of {_latency_limit(objective, budget_ms):,.0f} allowed at {speed:,.0f} kbit/s"
