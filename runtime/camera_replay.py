@@ -46,7 +46,7 @@ class ReplayCamera:
             raise CameraError(f"camera {self._name}: {self._path} does not exist; give a video file or a folder")
         images = self._images() if self._path.is_dir() else None
         fps = (self._config.max_fps or FOLDER_FPS) if images is not None else self._clip_fps()
-        pace = _Pace(fps, self._config.max_fps, self._closed) if self._config.realtime else None
+        pace = _Pace(fps, self._config.max_fps, self._config.stalls, self._closed) if self._config.realtime else None
         index = self._config.first_frame
         given = 0
         while True:
@@ -143,10 +143,13 @@ class ReplayCamera:
 
 
 class _Pace:
-    """Waits for each frame of a source to be due, and leaves out those above the wanted rate."""
+    """Waits for each frame of a source to be due, and leaves out those above the wanted rate or due in a stall."""
 
-    def __init__(self, fps: float, max_fps: float | None, closed: threading.Event) -> None:
+    def __init__(
+        self, fps: float, max_fps: float | None, stalls: tuple[tuple[float, float], ...], closed: threading.Event
+    ) -> None:
         self._fps = fps
+        self._stalls = stalls
         self._share = min(1.0, max_fps / fps) if max_fps else 1.0
         self._closed = closed
         self._start_ns = time.monotonic_ns()
@@ -160,4 +163,4 @@ class _Pace:
         due_s = (self._start_ns - time.monotonic_ns()) / 1e9 + count / self._fps
         if due_s > 0:
             self._closed.wait(due_s)
-        return True
+        return not any(start_s <= count / self._fps < start_s + length_s for start_s, length_s in self._stalls)

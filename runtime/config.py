@@ -67,6 +67,7 @@ class CameraConfig(_Struct, frozen=True):
     loop: bool = False  # replay: start again at the end
     first_frame: Annotated[int, msgspec.Meta(ge=0)] = 0  # replay
     frames: Positive | None = None  # replay: stop after so many
+    stalls: tuple[tuple[float, float], ...] = ()  # replay: from a second on, for so many, it gives no frame; to try out
     open_timeout_s: Seconds = 10.0
     read_timeout_s: Seconds = 5.0  # no frame for so long: the camera is stalled and is opened again
 

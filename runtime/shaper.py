@@ -109,8 +109,11 @@ class Shaper:
         self._resetting.set()
         self._wake()
 
-    def cut(self, then: Callable[[], None]) -> None:
-        """Let half of the next segment from a device pass, call `then` on the shaper's thread, and reset."""
+    def cut(self, then: Callable[[], None] | None) -> None:
+        """Let half of the next segment from a device pass, call `then` on the shaper's thread, and reset.
+
+        None: no more, if it has not happened yet.
+        """
         self._cut = then
         self._wake()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from runtime import manifest, packet
 from runtime.camera_replay import ReplayCamera
 from runtime.codec import JpegCodec
 from runtime.config import CameraConfig
-from runtime.datatypes import Dropped
+from runtime.datatypes import Dropped, Result
 from runtime.errors import ConfigError
 from runtime.live import LiveTable
 from runtime.manifest import Bundle
+from runtime.phases import tabulate
 from runtime.preprocess import prepare
+from runtime.scenario import Scenario, fixed
+from runtime.scenario import load as load_scenario
 from runtime.simulation import CAMERA, TIERS, Line, Simulation
 from runtime.summary import Summary, summarize, text
 from runtime.topics import Subtree, publish_bytes
@@ -55,9 +60,12 @@ def jpeg_bytes(bundle: Bundle, camera: CameraConfig, frames: set[int]) -> dict[s
 def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Callable[[Line], None]) -> Summary:
     """Run a simulation to its end, show each line, and sum up."""
     lines: list[Line] = []
+    grabbed: list[tuple[float, Line]] = []  # seconds of the scenario
     # Ctrl-C ends a run as the end of its source does: what came so far is summed up.
     with simulation, contextlib.suppress(KeyboardInterrupt):
         for line in simulation.lines():
+            age_s = line.age_ms / 1000 if isinstance(line, Result) else 0.0
+            grabbed.append((time.monotonic() - age_s - (simulation.start_s or 0.0), line))
             lines.append(line)
             show(line)
     device = simulation.counters.get("device", {})
@@ -70,6 +78,8 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
         )
         for reason in ("stale", "stopping")
     }
+    scenario = simulation.scenario
+    phases = None if scenario is None else tabulate(grabbed, scenario, simulation.budget_ms, simulation.link_bytes)
     uplink = simulation.counters.get("edge", {}).get("offload_bytes_total", 0) if len(simulation.tiers) > 2 else None
     return summarize(
         lines,
@@ -77,6 +87,7 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
         stale={reason: count for reason, count in slots.items() if count},
         uplink_bytes=uplink,
         jpeg_bytes=jpeg_bytes(bundle, camera, {line.frame for line in lines}),
+        phases=phases or (),
     )
 
 
@@ -121,7 +132,11 @@ def plain(line: Line) -> str:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--source", required=True, help="A video file or a folder of images.")
-@click.option("--broker", metavar="HOST:PORT", help="A broker that runs already; default: an embedded one.")
+@click.option(
+    "--broker",
+    metavar="HOST:PORT|PATH",
+    help="A broker that runs already, or the path of a Mosquitto to run; default: an embedded one.",
+)
 @click.option(
     "--tiers", default=",".join(TIERS), show_default=True, help="Fewer tiers; the last one takes all that is left."
 )
@@ -147,6 +162,16 @@ def plain(line: Line) -> str:
     "--first-frame", type=click.IntRange(0), default=0, show_default=True, help="Where in the source to start."
 )
 @click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
+@click.option("--max-fps", type=click.FloatRange(0, min_open=True), help="Leave out what the clip has above this rate.")
+@click.option(
+    "--scenario",
+    type=click.Path(path_type=Path),
+    help="TOML: how the device's link to the broker changes, who is killed when; ends the run (docs/operations.md).",
+)
+@click.option("--rate", help="Of the device's link to the broker, each way, such as 256kbit.")
+@click.option("--delay", help="One way, such as 80ms.")
+@click.option("--jitter", help="Up to so much more delay, such as 20ms.")
+@click.option("--loss", help="Share of TCP segments that are lost once, such as 1%.")
 @click.option("--loop", is_flag=True, help="Start again at the end of the source.")
 @click.option(
     "--cameras",
@@ -179,6 +204,12 @@ def sim_command(
     fast: bool,
     first_frame: int,
     frames: int | None,
+    max_fps: float | None,
+    scenario: Path | None,
+    rate: str | None,
+    delay: str | None,
+    jitter: str | None,
+    loss: str | None,
     loop: bool,
     cameras: int,
     ui: bool,
@@ -190,13 +221,20 @@ def sim_command(
     """Run BUNDLE on device, edge and cloud, three processes of this machine, with frames from a clip."""
     loaded = manifest.load(bundle)
     camera = CameraConfig(
-        kind="replay", source=source, realtime=not fast, first_frame=first_frame, frames=frames, loop=loop
+        kind="replay",
+        source=source,
+        max_fps=max_fps,
+        realtime=not fast,
+        first_frame=first_frame,
+        frames=frames,
+        loop=loop,
     )
     simulation = Simulation(
         loaded,
         camera,
         tiers=tiers.split(","),
-        broker=None if broker is None else _address(broker),
+        broker=None if broker is None else _broker(broker),
+        scenario=_scenario(scenario, (rate, delay, jitter, loss)),
         codec=codec,
         variant=variant,
         early_exits=not no_exits,
@@ -209,8 +247,22 @@ def sim_command(
     present(simulation, loaded, camera, as_json=as_json)
 
 
-def _address(text: str) -> tuple[str, int]:
+def _broker(text: str) -> tuple[str, int] | Path:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--broker {text!r}: write it as HOST:PORT, such as 127.0.0.1:1883")
-    return host, int(port)
+    if host and port.isdigit():
+        return host, int(port)
+    if shutil.which(text) is not None:
+        return Path(text)
+    raise ConfigError(
+        f"--broker {text!r}: write it as HOST:PORT, such as 127.0.0.1:1883, or give the path of a Mosquitto"
+    )
+
+
+def _scenario(path: Path | None, link: tuple[str | None, str | None, str | None, str | None]) -> Scenario | None:
+    if path is None:
+        return None if link == (None,) * 4 else fixed(*link)
+    if link != (None,) * 4:
+        raise ConfigError(
+            "--rate, --delay, --jitter and --loss are the scenario's to say; leave them or --scenario out"
+        )
+    return load_scenario(path)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import math
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,18 +22,21 @@ from runtime.codec import find_rate
 from runtime.config import BrokerConfig, CameraConfig, UiConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, Result
-from runtime.errors import ConfigError, KinflowError, LinkError
+from runtime.errors import ConfigError, LinkError
 from runtime.link import Handler, open_link
 from runtime.manifest import Bundle
+from runtime.processes import START_S, STOP_S, OwnBroker, end, ended, kill, start_tier, tier
+from runtime.scenario import Scenario
+from runtime.shaper import Shaper
+from runtime.strikes import Step, Strikes
 from runtime.topics import Subtree
 from runtime.ui import Page, free_port
 from runtime.variant import with_variant
 
-START_S = 30.0
-STOP_S = 10.0
 KNOCK_S = 3.0
 TIERS = ("device", "edge", "cloud")
 CAMERA = "cam0"
+CUT_S = 2.0  # for so long a cut waits for a packet to cut
 WATCHED_STATS_S = 2.0  # whoever looks at the page wants counters sooner
 
 Line = Result | Dropped
@@ -54,6 +56,9 @@ def spread(camera: CameraConfig, count: int) -> dict[str, CameraConfig]:
 class Simulation:
     """The processes of one run, started from `start` on, ended when the context ends.
 
+    `broker` is the address of one that runs, or the path of a Mosquitto to start; else the embedded one is started.
+    With a `scenario`, the device reaches it through a shaped link; the nodes do not. The scenario's clock starts with
+    the first frame, and its end ends the run. Of a node that was killed, only the last life's counters are known.
     `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
     """
 
@@ -63,7 +68,8 @@ class Simulation:
         camera: CameraConfig,
         *,
         tiers: Sequence[str] = TIERS,
-        broker: tuple[str, int] | None = None,
+        broker: tuple[str, int] | Path | None = None,
+        scenario: Scenario | None = None,
         codec: str = "auto",
         variant: int = 0,
         early_exits: bool = True,
@@ -78,8 +84,24 @@ class Simulation:
         if len(tiers) > 1:  # told here, before anything is started
             find_rate(bundle, 0 if codec.startswith("jpeg") else bundle.manifest.tiers[0].last_segment + 1, codec)
         with_variant(bundle, variant)
+        for what in {each.what for each in scenario.kills} if scenario is not None else ():
+            if what in TIERS and what not in tiers:
+                raise ConfigError(f"the scenario kills the {what} node, which does not run; add it to --tiers")
+            if what == "broker" and isinstance(broker, tuple):
+                raise ConfigError("the scenario kills the broker: leave out --broker, or give a Mosquitto by its path")
+        if scenario is not None:
+            if not camera.realtime:
+                raise ConfigError("a scenario is told in seconds of the clip's own pace; leave out --fast")
+            loops = camera.loop or (math.isfinite(scenario.duration_s) and camera.frames is None)
+            camera = msgspec.structs.replace(camera, loop=loops, stalls=scenario.stalls)
         self._bundle = bundle
         self._cameras = spread(camera, cameras)
+        self.budget_ms = budget_ms
+        self.scenario = scenario
+        self.link_bytes: list[tuple[int, int]] = []  # of each phase, up and down; known at the end
+        self.start_s: float | None = None  # time.monotonic() when the first frame was grabbed
+        self._shaper: Shaper | None = None
+        self._own: OwnBroker | None = None
         self._preview = {"preview": {"enabled": True}} if preview else {}
         self._on_page = on_page
         self._page: Page | None = None
@@ -101,11 +123,19 @@ class Simulation:
     def __enter__(self) -> Simulation:
         with contextlib.ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kinflow-sim-")))
-            if self._broker is None:
-                self._broker_config = BrokerConfig(host="127.0.0.1", port=_start_broker(stack), version="3.1.1")
-            else:
+            if isinstance(self._broker, tuple):
                 self._broker_config = BrokerConfig(host=self._broker[0], port=self._broker[1])
                 _knock(*self._broker)
+            else:
+                self._own = stack.enter_context(OwnBroker(self._broker, self._folder))
+                version = self._own.version
+                self._broker_config = BrokerConfig(host="127.0.0.1", port=self._own.port, version=version)
+            self._device_broker = self._broker_config
+            if self.scenario is not None:
+                target = (self._broker_config.host, self._broker_config.port)
+                self._shaper = stack.enter_context(Shaper(target, self.scenario))
+                host, port = self._shaper.address
+                self._device_broker = msgspec.structs.replace(self._broker_config, host=host, port=port)
             if self._on_page is not None:
                 where = UiConfig()
                 config = self._write("page", {}, {})
@@ -118,6 +148,8 @@ class Simulation:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        if self._shaper is not None:
+            self.link_bytes = self._shaper.bytes_passed()
         self._stack.close()
 
     def lines(self) -> Iterator[Line]:
@@ -129,22 +161,59 @@ class Simulation:
         settings = dict(self._settings, **self._device_settings)
         last = self._last_segments()["device"]
         tables = {f"camera.{name}": _table(camera) for name, camera in self._cameras.items()}
-        config = self._write("device", {"last_segment": last, **settings}, {**tables, **self._preview})
-        with _process(["device", "--config", str(config), "--json"]) as device:
+        broker = {"broker": _table(self._device_broker)}
+        config = self._write("device", {"last_segment": last, **settings}, {**broker, **tables, **self._preview})
+        with tier(["device", "--config", str(config), "--json"]) as device, self._strikes(device) as strikes:
             assert device.stdout is not None
             for line in device.stdout:
+                now_s = time.monotonic()
                 tree = msgspec.json.decode(line)
+                if self.start_s is None:
+                    self.start_s = now_s - tree.get("age_ms", 0.0) / 1000
+                    strikes.begin(self.start_s)
+                    if self._shaper is not None:
+                        self._shaper.begin(self.start_s)
                 if tree.get("event") == "stopped":
                     self.counters["device"] = tree["counters"]
                 else:
                     kind: type[Line] = Dropped if "dropped" in tree else Result
                     yield msgspec.convert(tree, kind)
             if device.wait() != 0:
-                raise _ended("device", device.returncode)
-        for tier, node in self._nodes.items():
-            node.terminate()
-            output, _ = node.communicate(timeout=STOP_S)
-            self.counters[tier] = msgspec.json.decode(output)["counters"] if output else {}
+                raise ended("device", device.returncode)
+        for name, node in self._nodes.items():
+            if node.poll() is None:  # a scenario may have killed it
+                node.terminate()
+                output, _ = node.communicate(timeout=STOP_S)
+                self.counters[name] = msgspec.json.decode(output)["counters"] if output else {}
+
+    def _strikes(self, device: subprocess.Popen[bytes]) -> Strikes:
+        scenario = self.scenario
+        kills, duration_s = ((), math.inf) if scenario is None else (scenario.kills, scenario.duration_s)
+        return Strikes(kills, duration_s, self._strike, device.terminate)
+
+    def _strike(self, step: Step) -> None:
+        """Let something go down or come back, on the thread of the strikes."""
+        what = step.kill.what
+        assert self._shaper is not None
+        if what in self._nodes:
+            if step.comes_back:
+                self._nodes[what] = start_tier(["node", "--config", str(self._folder / f"{what}.toml"), "--json"])
+            else:
+                kill(self._nodes[what])
+            return
+        if not step.comes_back and step.kill.mid_packet:
+            cut = threading.Event()
+            self._shaper.cut(cut.set)
+            if not cut.wait(CUT_S):
+                self._shaper.cut(None)
+        if what == "broker" and self._own is not None:
+            if step.comes_back:
+                self._own.start()
+            else:
+                self._own.kill()
+        elif not step.comes_back:
+            self._shaper.reset()
+        self._shaper.refuse(not step.comes_back)
 
     def _last_segments(self) -> dict[str, int]:
         """The tiers' shares: those of the bundle, and the last tier takes what is left."""
@@ -153,36 +222,41 @@ class Simulation:
         return {**lasts, self.tiers[-1]: len(self._bundle.manifest.segments) - 1}
 
     def _start_nodes(self, stack: contextlib.ExitStack) -> None:
-        online = {tier: threading.Event() for tier in self.tiers[1:]}
+        online = {name: threading.Event() for name in self.tiers[1:]}
+        stack.callback(self._end_nodes)
         watcher = open_link(self._broker_config, client_id=f"{self._site}-watch", counters=Counters())
-        for tier, event in online.items():
-            watcher.subscribe(Subtree(self._site, "n", tier).availability, _sets(event))
+        for name, event in online.items():
+            watcher.subscribe(Subtree(self._site, "n", name).availability, _sets(event))
         watcher.start()
         stack.callback(watcher.close)
-        for index, tier in enumerate(self.tiers[1:], 1):
+        for index, name in enumerate(self.tiers[1:], 1):
             settings = {
-                "tier": tier,
+                "tier": name,
                 "serves": "devices" if index == 1 else "nodes",
-                "last_segment": self._last_segments()[tier],
+                "last_segment": self._last_segments()[name],
                 **self._settings,
             }
             # Pictures are for devices only: behind the first segments there is none.
             codec = str(self._device_settings["codec"])
             uplink = {"uplink": {} if codec.startswith("jpeg") else {"codec": codec}}
-            config = self._write(tier, settings, uplink if tier != self.tiers[-1] else {})
-            self._nodes[tier] = stack.enter_context(_process(["node", "--config", str(config), "--json"]))
-        end = time.monotonic() + START_S
-        for tier, event in online.items():
+            config = self._write(name, settings, uplink if name != self.tiers[-1] else {})
+            self._nodes[name] = start_tier(["node", "--config", str(config), "--json"])
+        end_s = time.monotonic() + START_S
+        for name, event in online.items():
             while not event.wait(0.05):
-                if self._nodes[tier].poll() is not None:
-                    raise _ended(tier, self._nodes[tier].returncode)
-                if time.monotonic() > end:
+                if self._nodes[name].poll() is not None:
+                    raise ended(name, self._nodes[name].returncode)
+                if time.monotonic() > end_s:
                     host, port = self._broker_config.host, self._broker_config.port
-                    raise LinkError(f"the {tier} node did not reach the broker at {host}:{port}; is it running?")
+                    raise LinkError(f"the {name} node did not reach the broker at {host}:{port}; is it running?")
 
-    def _write(self, tier: str, settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> Path:
-        path = self._folder / f"{tier}.toml"
-        top = {"bundle": str(self._bundle.path.resolve()), "site": self._site, "id": tier, **settings}
+    def _end_nodes(self) -> None:
+        for node in self._nodes.values():
+            end(node)
+
+    def _write(self, name: str, settings: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> Path:
+        path = self._folder / f"{name}.toml"
+        top = {"bundle": str(self._bundle.path.resolve()), "site": self._site, "id": name, **settings}
         path.write_text(_toml({"": top, "broker": _table(self._broker_config), **tables}), "utf-8")
         return path
 
@@ -214,54 +288,3 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [f"[{name}]"] if name else []
         lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
-
-
-def _start_broker(stack: contextlib.ExitStack) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", "runtime.broker", str(port)]
-    broker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    stack.callback(_end, broker)
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and broker.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return port
-        time.sleep(0.05)
-    raise LinkError("the embedded broker did not start; install Mosquitto and name it with --broker HOST:PORT")
-
-
-@contextlib.contextmanager
-def _process(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    # That three processes connect as they should is no news; with --verbose they tell everything.
-    loud = "--verbose" if logging.getLogger().isEnabledFor(logging.DEBUG) else "--quiet"
-    # In a session of its own, so that Ctrl-C reaches this process alone, which ends the others in order.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.cli", loud, *arguments, "--with-parent"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _ended(tier: str, code: int) -> KinflowError:
-    error = KinflowError(f"the {tier} ended with exit code {code}; its own message is above")
-    error.exit_code = code if code > 0 else KinflowError.exit_code
-    return error

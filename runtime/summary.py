@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from runtime.datatypes import Dropped, Result
+from runtime.phases import PhaseSummary, table
 
 
 class TierSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +33,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up_per_sent_frame: float | None
     uplink_bytes_per_frame: float | None  # from the edge node to the cloud
     jpeg_bytes_per_frame: Mapping[str, float]  # quality → the same frames, same packets and topics
+    phases: tuple[PhaseSummary, ...] = ()  # of the scenario, where there was one
 
     @property
     def degraded_frames(self) -> int:
@@ -46,6 +48,7 @@ def summarize(
     stale: Mapping[str, int],
     uplink_bytes: int | None,
     jpeg_bytes: Mapping[str, float],
+    phases: tuple[PhaseSummary, ...] = (),
 ) -> Summary:
     """Sum up the lines of one run.
 
@@ -55,6 +58,7 @@ def summarize(
         stale: reason → frames that never left the camera's slot.
         uplink_bytes: all that the edge node sent further up; None without such a node.
         jpeg_bytes: quality → mean bytes of a frame sent as a JPEG.
+        phases: of the scenario.
     """
     results = [line for line in lines if isinstance(line, Result)]
     dropped = dict(stale)
@@ -80,6 +84,7 @@ def summarize(
         bytes_up_per_sent_frame=sum(sent) / len(sent) if sent else None,
         uplink_bytes_per_frame=None if uplink_bytes is None else uplink_bytes / max(1, len(results)),
         jpeg_bytes_per_frame=jpeg_bytes,
+        phases=phases,
     )
 
 
@@ -117,4 +122,6 @@ def text(summary: Summary) -> str:
         lines.append(f"    {'edge to cloud, over all answered frames':<40}{summary.uplink_bytes_per_frame:>10,.0f}")
     for quality, size in summary.jpeg_bytes_per_frame.items():
         lines.append(f"    {f'every frame as JPEG q{quality}, model size':<40}{size:>10,.0f}")
+    if summary.phases:
+        lines += ["", table(summary.phases)]
     return "\n".join(lines)

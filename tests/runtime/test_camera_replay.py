@@ -132,3 +132,10 @@ def test_a_damaged_image_is_named(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"\x89PNG damaged")
     with pytest.raises(CameraError, match=r"2\.png cannot be read as an image"):
         replay(folder)
+
+
+def test_a_stall_gives_no_frame_for_a_while(clip: Path) -> None:
+    stalls = ((4 / FPS, 3 / FPS), (8 / FPS, 1 / FPS))
+    assert [frame.index for frame in replay(clip, realtime=True, stalls=stalls, frames=6)] == [0, 1, 2, 3, 7, 9]
+    with_fewer = replay(clip, realtime=True, stalls=stalls, max_fps=FPS / 2, frames=3)
+    assert [frame.index for frame in with_fewer] == [0, 2, 10]

@@ -203,13 +203,14 @@ def test_reset_ends_every_connection(echo: Echo) -> None:
 
 def test_a_target_that_is_gone_resets_its_client(echo: Echo) -> None:
     echo.close()
-    with Shaper(echo.address, Scenario((phase(OPEN),))) as shaper, connect(shaper) as sock:
-        assert _ends(sock)
+    with Shaper(echo.address, Scenario((phase(OPEN),))) as shaper:
+        assert _resets(shaper)
 
 
-def _ends(sock: socket.socket) -> bool:
+def _resets(shaper: Shaper) -> bool:
     try:
-        return sock.recv(1) == b""
+        with connect(shaper) as sock:
+            return sock.recv(1) == b""
     except ConnectionResetError:
         return True
 

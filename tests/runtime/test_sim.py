@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,35 @@ from runtime.simulation import Simulation
 from runtime.task_classify import Classification
 
 FIELDS = {"frame", "label", "confidence", "tier", "exit", "codec", "bytes_up", "age_ms", "timings", "degraded"}
+
+
+SCENARIO = """
+[link]
+delay = "5ms"
+[[phase]]
+name = "good"
+rate = "8mbit"
+duration = "1500ms"
+[[phase]]
+outage = "refused"
+duration = "500ms"
+[[phase]]
+name = "kills"
+loss = "1%"
+duration = "12s"
+[[kill]]
+what = "broker"
+at = "3s"
+down = "200ms"
+mid_packet = 1.0
+[[kill]]
+what = "edge"
+at = "5s"
+down = "200ms"
+[[stall]]
+at = "500ms"
+lasts = "300ms"
+"""
 
 
 def kinflow(*arguments: str | Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
@@ -132,6 +162,8 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
     typo.write_text('bundel = "x"\n[broker]\nhost = "h"\n')
     wrong = tmp_path / "wrong.toml"
     wrong.write_text('bundle = "x"\n[broker]\nhost = "h"\nport = "1883"\n')
+    kills = tmp_path / "kills.toml"
+    kills.write_text(SCENARIO)
     cases: list[tuple[list[str | Path], int, str]] = [
         (["sim", tiny_bundle, "--source", photos], os.EX_DATAERR, "exits/1.onnx is missing from the bundle"),
         (["sim", tmp_path, "--source", photos], os.EX_DATAERR, "is not a bundle"),
@@ -139,6 +171,24 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
         (["sim", shared_bundle, "--source", photos, "--tiers", "cloud"], os.EX_CONFIG, "choose device"),
         (["sim", shared_bundle, "--source", photos, "--codec", "gif", "--tiers", "device,edge"], os.EX_CONFIG, "gif"),
         (["sim", shared_bundle, "--source", photos, "--broker", "here"], os.EX_CONFIG, "HOST:PORT"),
+        (["sim", shared_bundle, "--source", photos, "--rate", "fast"], os.EX_CONFIG, "'fast' is no rate"),
+        (["sim", shared_bundle, "--source", photos, "--rate", "1mbit", "--fast"], os.EX_CONFIG, "leave out --fast"),
+        (["sim", shared_bundle, "--source", photos, "--scenario", typo], os.EX_CONFIG, "bundel: unknown key"),
+        (
+            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--tiers", "device"],
+            os.EX_CONFIG,
+            "edge node",
+        ),
+        (
+            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--loss", "1%"],
+            os.EX_CONFIG,
+            "leave them or",
+        ),
+        (
+            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--broker", "127.0.0.1:1"],
+            os.EX_CONFIG,
+            "the scenario kills the broker",
+        ),
         (["sim", shared_bundle, "--source", photos, "--variant", "1"], os.EX_CONFIG, "variant: 1 is not in the bundle"),
         (["device", "--config", typo], os.EX_CONFIG, "bundel: unknown key; did you mean bundle?"),
         (["device", "--config", wrong], os.EX_CONFIG, "broker.port: expected `int`"),
@@ -187,3 +237,46 @@ def test_no_process_outlives_a_sim(shared_bundle: Path, photos: Path, number: si
         assert code == 0
         assert "frames, " in rest, "what came so far is summed up"
     assert not psutil.wait_procs(children, 15)[1]
+
+
+@pytest.mark.parametrize("own", ["embedded", "mosquitto"])
+def test_a_scenario_runs_to_its_end_and_every_frame_is_accounted_for(
+    shared_bundle: Path, photos: Path, tmp_path: Path, mosquitto: Any, own: str
+) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(SCENARIO)
+    options: list[str | Path] = ["--scenario", path, "--max-fps", "20", "--no-exits", "--budget-ms", "700", "--json"]
+    if own == "mosquitto":
+        options += ["--broker", shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin") or ""]
+    done = kinflow("sim", shared_bundle, "--source", photos, *options)
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    summary = last["summary"]
+    good, refused, kills = summary["phases"]
+    assert [phase["name"] for phase in summary["phases"]] == ["good", "refused", "kills"]
+    assert sum(phase["frames"] for phase in summary["phases"]) == len(lines)
+    assert summary["frames"] == len(lines) + sum(
+        count for reason, count in summary["dropped"].items() if reason in ("stale", "stopping")
+    ) - sum(line.get("dropped") in ("stale", "stopping") for line in lines)
+    assert good["in_time"] > 0
+    assert good["bytes_up"] > 0
+    assert refused["bytes_up"] == refused["in_time"] == 0
+    assert refused["degraded"].keys() <= {"offline", "deadline"}
+    assert kills["degraded"]["offline"] > 0
+    assert any(line.get("tier") == "cloud" for line in lines[-60:]), "the killed ones came back"
+    indices = [line["frame"] for line in lines]
+    assert not any(11 <= index <= 15 for index in indices), "the camera stalled"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fixed_link_delays_every_answer_from_above(shared_bundle: Path, photos: Path) -> None:
+    options = ["--delay", "60ms", "--rate", "2mbit", "--frames", "12", "--no-exits", "--tiers", "device,edge", "--json"]
+    done = kinflow("sim", shared_bundle, "--source", photos, *options)
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    above = [line for line in lines if line["tier"] == "edge"]
+    assert above
+    assert all(line["age_ms"] >= 120 for line in above)
+    (phase,) = last["summary"]["phases"]
+    assert phase["name"] == "rate 2mbit, delay 60ms"
+    assert phase["frames"] == len(lines) == 12
