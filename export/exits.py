@@ -52,7 +52,7 @@ POOLINGS: dict[Pooling, str] = {
 
 
 @dataclass(slots=True)
-class _Parts:
+class Parts:
     """Nodes and weights of a graph that grows."""
 
     opset: int = OPSET
@@ -90,9 +90,9 @@ class _Parts:
 
 def pooled_front(wire: Wire | None, shape: Shape, pooling: Pooling) -> ModelProto:
     """Pools features of `shape` on the wire: (height, width, channels), (tokens, channels) or (channels,)."""
-    parts = _Parts()
+    parts = Parts()
     row = _pool_wire(parts, wire, shape, pooling)
-    return _front(parts, wire, shape, row, [], [])
+    return front_model(parts, wire, shape, row)
 
 
 def branch(whole: ModelProto, tensor: str, made: str, kind: Literal["float32", "uint8"], shapes: Shapes) -> ModelProto:
@@ -107,14 +107,14 @@ def branch(whole: ModelProto, tensor: str, made: str, kind: Literal["float32", "
 def branch_front(layers: ModelProto, wire: Wire | None, shapes: Shapes, pooling: Pooling) -> ModelProto:
     """Pools what a branch's layers make of the features; they may read floats or the wire's own uint8."""
     source, made = layers.graph.input[0], layers.graph.output[0].name
-    reading, parts = _Parts(opset(layers), f"{PREFIX}wire/"), _Parts(opset(layers))
+    reading, parts = Parts(opset(layers), f"{PREFIX}wire/"), Parts(opset(layers))
     values = FEATURES
     if source.type.tensor_type.elem_type == TensorProto.FLOAT:
-        values = _read(reading, wire, on_wire(shapes[0]))
+        values = read_wire(reading, wire, on_wire(shapes[0]))
     nodes = [*reading.nodes, _channels_first(values, source.name, shapes[0]), *layers.graph.node]
     made = parts.add("Transpose", [made], perm=[0, 2, 3, 1]) if len(shapes[1]) == 3 else made
     row = _pool(parts, made, on_wire(shapes[1]), pooling)
-    return _front(parts, wire, on_wire(shapes[0]), row, nodes, [*reading.weights, *layers.graph.initializer])
+    return front_model(parts, wire, on_wire(shapes[0]), row, nodes, [*reading.weights, *layers.graph.initializer])
 
 
 def statistics_front(wire: Wire | None, shape: Shape) -> ModelProto:
@@ -157,9 +157,9 @@ def own_head(part: ModelProto, wire: Wire | None, shape: Shape) -> ModelProto:
     `part` reads floats, or the wire's own uint8 where it is quantized, of `shape` in the graph, without the batch.
     """
     source = part.graph.input[0]
-    parts = _Parts(opset(part))
+    parts = Parts(opset(part))
     floats = source.type.tensor_type.elem_type == TensorProto.FLOAT
-    read = _read(parts, wire, on_wire(shape)) if floats else FEATURES
+    read = read_wire(parts, wire, on_wire(shape)) if floats else FEATURES
     nodes = [*parts.nodes, _channels_first(read, source.name, shape), *part.graph.node]
     kind = "float32" if wire is None else "uint8"
     graph = helper.make_graph(
@@ -174,7 +174,7 @@ def own_head(part: ModelProto, wire: Wire | None, shape: Shape) -> ModelProto:
 
 def guarded(head: ModelProto, guard: Guard, wire: Wire | None, shape: Shape) -> ModelProto:
     """A head with its guard beside it, as a second output; `shape` is that of the features on the wire."""
-    parts = _Parts(opset(head), "guard/")
+    parts = Parts(opset(head), "guard/")
     row = _pool_wire(parts, wire, shape, "moments", guard.floor if guard.logged else None)
     scaled = parts.add("Mul", [parts.add("Sub", [row, parts.hold(guard.centre)]), parts.hold(guard.scale)])
     along = parts.add("MatMul", [scaled, parts.hold(guard.basis)])
@@ -199,14 +199,15 @@ def guarded(head: ModelProto, guard: Guard, wire: Wire | None, shape: Shape) -> 
     return finish(helper.make_model(graph, opset_imports=list(head.opset_import)))
 
 
-def _front(
-    parts: _Parts,
+def front_model(
+    parts: Parts,
     wire: Wire | None,
     shape: Shape,
     row: str,
-    nodes: list[NodeProto],
-    weights: list[TensorProto],
+    nodes: Sequence[NodeProto] = (),
+    weights: Sequence[TensorProto] = (),
 ) -> ModelProto:
+    """The front whose row of numbers is the tensor `row` of `parts`; `nodes` and their weights come before."""
     last = helper.make_node("Identity", [row], [ROW], f"{PREFIX}{ROW}")
     graph = helper.make_graph(
         [*nodes, *parts.nodes, last],
@@ -218,7 +219,7 @@ def _front(
     return finish(helper.make_model(graph, opset_imports=[helper.make_opsetid("", parts.opset)]))
 
 
-def _read(parts: _Parts, wire: Wire | None, shape: Shape) -> str:
+def read_wire(parts: Parts, wire: Wire | None, shape: Shape) -> str:
     """The features as float, channels last."""
     if wire is None:
         return FEATURES
@@ -235,7 +236,7 @@ def _channels_first(values: str, tensor: str, shape: Shape) -> NodeProto:
 
 
 def _pool_wire(
-    parts: _Parts, wire: Wire | None, shape: Shape, pooling: Pooling, floor: NDArray[np.float32] | None = None
+    parts: Parts, wire: Wire | None, shape: Shape, pooling: Pooling, floor: NDArray[np.float32] | None = None
 ) -> str:
     """`_pool` of the features on the wire: of their bytes as they are, as the row is the same and far shorter."""
     values = FEATURES if wire is None else parts.add("Cast", [FEATURES], to=TensorProto.FLOAT)
@@ -243,7 +244,7 @@ def _pool_wire(
 
 
 def _pool(
-    parts: _Parts,
+    parts: Parts,
     values: str,
     shape: Shape,
     pooling: Pooling,

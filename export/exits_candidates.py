@@ -1,4 +1,4 @@
-"""Which heads an exit may get: the model's own, or linear layers on pooled features, or behind a scalable branch.
+"""Which heads an exit may get: the model's own, linear ones on pooled features or behind a branch, or the task's own.
 
 A branch is the trunk's next layers: as they are (in an int8 bundle in int8), or made smaller (`export.lowrank`), which
 reaches deeper for the same cost.
@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto
 
 from export.cuts import Cut
 from export.exits import POOLINGS, Pooling, Shapes, branch, branch_front, own_head, own_part, pooled_front
 from export.frames import FrameSet
-from export.graph import FRAME, Shape, extract, tensor_info
+from export.graph import FRAME, LOGITS, Shape, extract, tensor_info
 from export.lowrank import decompose
 from export.quantize import quantize_part, recipe_of
 from export.recipe import Opened, Recipe
 from export.slicing import Chain, on_wire
+from export.task import Judge
 from export.wires import Wire
 from runtime.datatypes import Tensor
 from runtime.segment_onnx import session_options
@@ -27,6 +29,7 @@ from runtime.segment_onnx import session_options
 BRANCHES = (0.1, 0.2, 0.35)  # multiply-accumulates of a branch, as shares of those behind its cut
 SMALLER = 0.5  # what is left of the multiply-accumulates of a branch that is made smaller
 SAMPLE = 48  # fit frames that it is made smaller by, and that a model's own exit is quantized by
+OWN_SAMPLE = 320  # fit frames that a head of the task's own kind is fitted on
 BEHIND: Pooling = "moments"  # a branch
 
 
@@ -54,7 +57,7 @@ class Candidate:
     rows: list[Tensor] = field(default_factory=list)
 
 
-def candidates_at(trunk: Trunk, place: int, frames: FrameSet, recipe: Recipe) -> list[Candidate]:
+def candidates_at(trunk: Trunk, place: int, frames: FrameSet, judge: Judge, recipe: Recipe) -> list[Candidate]:
     """Every head that is to be tried at a chosen cut, the cheapest first."""
     cut = trunk.chosen[place]
     wire, shape = trunk.at(place)
@@ -69,8 +72,22 @@ def candidates_at(trunk: Trunk, place: int, frames: FrameSet, recipe: Recipe) ->
     if recipe.heads != "linear" and len(shape) > 1:
         poolings += ["moments", "grid"]
     pooled = [Candidate(POOLINGS[pooling], pooled_front(wire, shape, pooling)) for pooling in poolings]
+    pooled += _of_the_task(trunk, place, frames, judge, recipe)
     branches = [] if recipe.heads == "linear" else _branches(trunk, place, frames, recipe)
     return branches if recipe.heads == "branch" and branches else pooled + branches
+
+
+def _of_the_task(trunk: Trunk, place: int, frames: FrameSet, judge: Judge, recipe: Recipe) -> list[Candidate]:
+    """A head of the task's own kind, where it has one."""
+    if judge.front_kind is None:
+        return []
+    fit = frames.of("fit")
+    fit = fit[:: max(1, len(fit) // OWN_SAMPLE)][:OWN_SAMPLE]
+    features = _features(trunk, trunk.chosen[place], frames, recipe, OWN_SAMPLE)
+    session = ort.InferenceSession(trunk.opened.simplified.trunk().SerializeToString(), session_options(recipe.threads))
+    outputs = [session.run([LOGITS], {FRAME: frame})[0] for frame in fit]
+    front = judge.front(*trunk.at(place), np.concatenate(features), np.concatenate(outputs))
+    return [] if front is None else [Candidate(judge.front_kind, front)]
 
 
 def _branches(trunk: Trunk, place: int, frames: FrameSet, recipe: Recipe) -> list[Candidate]:
@@ -114,11 +131,11 @@ def _smaller(trunk: Trunk, cut: Cut, end: Cut, wire: Wire | None, frames: FrameS
     return Candidate(f"{POOLINGS[BEHIND]} behind {end.after} made smaller", branch_front(layers, wire, shapes, BEHIND))
 
 
-def _features(trunk: Trunk, cut: Cut, frames: FrameSet, recipe: Recipe) -> list[Tensor]:
+def _features(trunk: Trunk, cut: Cut, frames: FrameSet, recipe: Recipe, most: int = SAMPLE) -> list[Tensor]:
     """What the float model has at a cut for some of the fit frames, each (1, …)."""
     whole = trunk.opened.simplified.trunk()
     before = extract(whole, list(whole.graph.input), [tensor_info(cut.tensor, "float32", cut.shape)], "before")
     session = ort.InferenceSession(before.SerializeToString(), session_options(recipe.threads))
     fit = frames.of("fit")
-    step = max(1, len(fit) // SAMPLE)
-    return [session.run(None, {FRAME: frame})[0] for frame in fit[::step][:SAMPLE]]
+    step = max(1, len(fit) // most)
+    return [session.run(None, {FRAME: frame})[0] for frame in fit[::step][:most]]

@@ -59,7 +59,8 @@ class Fitted:
 
 def fit_exits(trunk: Trunk, bundle: Bundle, frames: FrameSet, recipe: Recipe, report: Report) -> list[Fitted]:
     """Fit, compare and choose a head for every chosen cut; the model's own where it has one. Files are written."""
-    candidates = [candidates_at(trunk, place, frames, recipe) for place in range(len(trunk.chosen))]
+    judge = open_judge(bundle)
+    candidates = [candidates_at(trunk, place, frames, judge, recipe) for place in range(len(trunk.chosen))]
     statistics = [Candidate("guard", statistics_front(*trunk.at(place))) for place in range(len(trunk.chosen))]
     fronts = [[*heads, guard] for heads, guard in zip(candidates, statistics, strict=True)]
     count, outputs = _observe(trunk, bundle, frames, fronts, recipe, report)

@@ -11,7 +11,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
+from export.graph import Shape
+from export.wires import Wire
 from runtime.manifest import Bundle
 from runtime.task import open_task
 
@@ -29,6 +32,7 @@ class Judge(Protocol):
 
     agreement: str  # what it is, in words
     distance: str  # what `divergence` is called
+    front_kind: str | None  # what `front` makes, in words; None: it makes none
     likeness: str  # what `like` measures, in words
     proof: str  # and its name in the manifest's proof
     least_likeness: float  # below it a quantized model is not the same model any more
@@ -49,6 +53,19 @@ class Judge(Protocol):
 
     def head_logits(self, outputs: Outputs) -> NDArray[np.float32]:
         """The logits (frames, keys) that early exits are fitted to give."""
+        ...
+
+    def front(
+        self, wire: Wire | None, shape: Shape, features: NDArray[np.float32], outputs: Outputs
+    ) -> ModelProto | None:
+        """A front of an exit's head that only this task has; None where it does not fit.
+
+        Args:
+            wire: how the features stand on the wire.
+            shape: theirs on the wire.
+            features: of fit frames, as the float model has them: (frames, …).
+            outputs: the whole float model's for the same frames.
+        """
         ...
 
     def owed(self, keys: NDArray[np.int64]) -> NDArray[np.bool_] | None:

@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.agreement import cosine
+from export.graph import Shape
 from export.task import Marks, Outputs
+from export.wires import Wire
 from runtime.manifest import Bundle
 
 
@@ -15,6 +17,7 @@ class ClassifyJudge:
 
     agreement = "the share of frames whose answer is that of the whole, unsplit float model"
     distance = "KL"
+    front_kind = None
     likeness = "mean cosine of the logits"
     proof = "logit_cosine"
     least_likeness = 0.98
@@ -39,6 +42,10 @@ class ClassifyJudge:
     def head_logits(self, outputs: Outputs) -> NDArray[np.float32]:
         """The model's own."""
         return outputs
+
+    def front(self, wire: Wire | None, shape: Shape, features: NDArray[np.float32], outputs: Outputs) -> None:
+        """None: any head is a classifier's."""
+        del wire, shape, features, outputs
 
     def owed(self, keys: NDArray[np.int64]) -> None:
         """The promise is about the frames that are answered."""

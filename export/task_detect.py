@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
+from export.exits_where import KIND, where_front
+from export.graph import Shape
 from export.task import Marks, Outputs
+from export.wires import Wire
 from runtime.boxes import SCORE
 from runtime.manifest import Bundle
 from runtime.task import open_task
@@ -23,6 +27,7 @@ class DetectJudge:
 
     agreement = "F1 of the boxes and those of the whole, unsplit float model, matched from an overlap (IoU) of .5 on"
     distance = "1 - F1"
+    front_kind = KIND
     likeness = "F1 of matched boxes"
     proof = "box_f1"
     least_likeness = 0.8
@@ -57,6 +62,12 @@ class DetectJudge:
         presence = np.clip(outputs[:, :, SCORE].max(axis=1, initial=0.0), CERTAIN, 1 - CERTAIN).astype(np.float64)
         odds = np.log(presence / (1 - presence)) - np.log(self._least / (1 - self._least))
         return np.stack([-odds / 2, odds / 2], axis=1).astype(np.float32)
+
+    def front(
+        self, wire: Wire | None, shape: Shape, features: NDArray[np.float32], outputs: Outputs
+    ) -> ModelProto | None:
+        """`exits_where.where_front`."""
+        return where_front(wire, shape, features, outputs)
 
     def owed(self, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The frames with something."""

@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from export.graph import Shape
 from export.task import Marks, Outputs
+from export.wires import Wire
 from runtime.datatypes import Answer, ExitOutput, Tensor
 from runtime.errors import PacketError
 from runtime.manifest import Bundle, ExitSpec
@@ -53,6 +55,7 @@ class Caption:
 
 class CaptionJudge:
     agreement, distance = "the share of words", "words that differ"
+    front_kind = None
     likeness, proof, least_likeness = "share of words", "words", 0.8
 
     def __init__(self, bundle: Bundle) -> None:
@@ -73,6 +76,9 @@ class CaptionJudge:
 
     def head_logits(self, outputs: Outputs) -> NDArray[np.float32]:
         return outputs
+
+    def front(self, wire: Wire | None, shape: Shape, features: NDArray[np.float32], outputs: Outputs) -> None:
+        del wire, shape, features, outputs
 
     def owed(self, keys: NDArray[np.int64]) -> None:
         del keys

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from export.agreement import clopper_pearson, per_frame, pooled
 from export.evidence import EVIDENCE, LEAST, WORTH, evidence_model
 from export.exits_judge import Seen, judge_seen
+from export.exits_where import CELLS, covered, where_front
 from export.graph import FRAME, OPSET, finish, tensor_info
 from export.pipeline import Exported
 from export.risk import Words, choose, loosest
@@ -184,3 +185,25 @@ def test_rows_of_a_detectors_exits_count_what_was_missed(bundle: Bundle) -> None
     assert (first.answered, first.owed, first.missed, first.spared) == (3, 3, 1, 2)
     assert first.missed_high == pytest.approx(clopper_pearson(1, 3)[1])
     assert (last.answered, last.owed) == (3, None)
+
+
+def test_a_front_that_looks_where_finds_the_one_cell() -> None:
+    generator = np.random.default_rng(3)
+    height, width, channels = 6, 8, 4
+    features = generator.normal(size=(200, channels, height, width)).astype(np.float32)
+    outputs = np.zeros((200, 2, 6), np.float32)
+    for frame in range(0, 200, 2):  # something stands there, and channel 2 shows it
+        row, column = int(generator.integers(height)), int(generator.integers(width))
+        features[frame, 2, row, column] += 8
+        outputs[frame, 0] = (column / width, row / height, (column + 1) / width, (row + 1) / height, 0.9, 0)
+    assert (covered(outputs, height, width) > 0).sum() == 100
+    assert where_front(None, (height, width, channels), features[:8], outputs[:8]) is None
+    made = where_front(None, (height, width, channels), features, outputs)
+    assert made is not None
+    onnx.checker.check_model(made)
+    session = ort.InferenceSession(made.SerializeToString())
+    wire = np.ascontiguousarray(features.transpose(0, 2, 3, 1))
+    (found,) = session.run(None, {session.get_inputs()[0].name: wire})
+    assert found.shape == (200, CELLS)
+    assert (np.diff(found, axis=1) <= 0).all()
+    assert found[::2, 0].min() > found[1::2, 0].max()
