@@ -60,6 +60,7 @@ class Simulation:
     With a `scenario`, the device reaches it through a shaped link; the nodes do not. The scenario's clock starts with
     the first frame, and its end ends the run. Of a node that was killed, only the last life's counters are known.
     `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
+    `device` has more settings of the device, as its configuration has them.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Simulation:
         cameras: int = 1,
         preview: bool = False,
         on_page: Callable[[str], None] | None = None,
+        device: Mapping[str, str | bool | float] | None = None,
     ) -> None:
         if tuple(tiers) not in {TIERS[:1], TIERS[:2], TIERS}:
             raise ConfigError(f"--tiers {','.join(tiers)}: choose device, device,edge or device,edge,cloud")
@@ -114,6 +116,7 @@ class Simulation:
             "variant": variant,
             "budget_ms": budget_ms,
             "max_in_flight": max_in_flight,
+            **(device or {}),
         }
         self._site = f"sim-{secrets.token_hex(4)}"
         self._stack = contextlib.ExitStack()
