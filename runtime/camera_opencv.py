@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -10,29 +9,19 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
+from runtime.camera import Room, redacted
 from runtime.config import CameraConfig
 from runtime.datatypes import Frame, Pixels
 from runtime.errors import CameraError, ConfigError
-
-_SECRETS = (
-    (re.compile(r"://\S*@"), "://***@"),  # to the last @: a password may hold one
-    (re.compile(r"\?\S*"), "?***"),
-    (re.compile(r"\b(user-id|user-pw|user|password|token)=\S+", re.IGNORECASE), r"\1=***"),
-)
-
-
-def redacted(source: str) -> str:
-    """`source` without what may be a secret, for logs and errors."""
-    for pattern, replacement in _SECRETS:
-        source = pattern.sub(replacement, source)
-    return source
+from runtime.freshness import Lag, Rate
 
 
 class OpencvCamera:
     """Frames of a live source, each stamped when it was grabbed.
 
-    Open and read time-outs hold for URLs. V4L2 has its own of 10 s and GStreamer its own of 30 s, so that `Capture`
-    watches the clock as well.
+    Of an RTSP stream, whose time stamps are the camera's, a frame that comes late is stamped as much earlier. Open and
+    read time-outs hold for URLs, mostly; V4L2 has its own of 10 s and GStreamer its own of 30 s. So this is driven by a
+    process that can be killed (`camera_apart`).
     """
 
     def __init__(self, name: str, config: CameraConfig) -> None:
@@ -49,28 +38,37 @@ class OpencvCamera:
         self._config = config
         self._backend = _backend(name, config.source)
         self._closed = threading.Event()
+        self._picture: Pixels | None = None
 
-    def frames(self) -> Iterator[Frame]:
-        """Yield frames as they come, at most `max_fps` of them a second.
+    def frames(self, room: Room | None = None) -> Iterator[Frame]:
+        """Yield frames as they come, at most `max_fps` of them a second; their pixels lie in `room`, if given.
 
         Raises:
             CameraError: the camera cannot be opened, or gave no frame within its read time-out.
         """
         capture = self._open()
         try:
-            period_ns = 1e9 / self._config.max_fps if self._config.max_fps else 0.0
-            due_ns = 0.0
+            rate = Rate(self._config.max_fps)
+            lag = Lag() if self._config.source.startswith(("rtsp://", "rtsps://")) else None
             index = -1
+            skipped = 0
+            last_ns = 0
             while not self._closed.is_set():
                 if not capture.grab():
-                    raise self._error("gives no frames any more; check its cable, power and network")
-                captured_ns = time.monotonic_ns()
+                    raise self._error("gives no frames any more; check its cable, power and network", "silent")
+                now_ns = captured_ns = time.monotonic_ns()
+                if lag is not None:
+                    captured_ns -= lag.of(round(capture.get(cv2.CAP_PROP_POS_MSEC) * 1e6), now_ns)
                 index += 1
-                if captured_ns < due_ns:
+                if not rate.keeps(now_ns):
                     continue
-                # Half a period of patience, so that jitter does not cost a camera at just max_fps every other frame.
-                due_ns = max(due_ns, captured_ns - period_ns / 2) + period_ns
-                yield Frame(camera=self._name, captured_ns=captured_ns, pixels=self._decode(capture), index=index)
+                if room is not None and not room.free():
+                    skipped += 1
+                    continue
+                last_ns = max(captured_ns, last_ns + 1)  # a shorter way must not put a frame before its forerunner
+                pixels = self._decode(capture, room)
+                yield Frame(camera=self._name, captured_ns=last_ns, pixels=pixels, index=index, skipped=skipped)
+                skipped = 0
         finally:
             capture.release()
 
@@ -93,22 +91,24 @@ class OpencvCamera:
             else:
                 opened = capture.open(config.source, self._backend)
         except cv2.error as error:
-            raise self._error("cannot be opened; check that source names a camera") from error
+            raise self._error("cannot be opened; check that source names a camera", "open") from error
         if not opened:
-            raise self._error("cannot be opened; check that it is connected, on, and used by no other program")
+            raise self._error("cannot be opened; check that it is connected, on, and used by no other program", "open")
         return capture
 
-    def _decode(self, capture: cv2.VideoCapture) -> Pixels:
+    def _decode(self, capture: cv2.VideoCapture, room: Room | None) -> Pixels:
         try:
-            done, pixels = capture.retrieve()
-            if not done or pixels is None:
+            done, picture = capture.retrieve(self._picture)
+            if not done or picture is None:
                 raise self._error("gave a frame that cannot be decoded; choose another stream or format")
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+            self._picture = picture.astype(np.uint8, copy=False)  # used again: fresh memory has to be mapped first
+            place = None if room is None else room.place(*self._picture.shape[:2])
+            return cv2.cvtColor(self._picture, cv2.COLOR_BGR2RGB, place).astype(np.uint8, copy=False)
         except cv2.error as error:
             raise self._error("gives frames that are no colour pictures; choose another stream or format") from error
 
-    def _error(self, what: str) -> CameraError:
-        return CameraError(f"camera {self._name}: {redacted(self._config.source)} {what}")
+    def _error(self, what: str, reason: str = "broken") -> CameraError:
+        return CameraError(f"camera {self._name}: {redacted(self._config.source)} {what}", reason)
 
 
 def _open_v4l2(capture: cv2.VideoCapture, config: CameraConfig) -> bool:

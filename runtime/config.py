@@ -27,6 +27,7 @@ NotEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 Agreement = Annotated[float, msgspec.Meta(gt=0, le=1)]
+PixelFormat = Literal["i420", "i420-full", "nv12", "rgb", "bgr", "bgrx", "gray8"]
 TierName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -56,10 +57,13 @@ class BrokerConfig(_Struct, frozen=True):
 class CameraConfig(_Struct, frozen=True):
     """Where frames come from."""
 
-    kind: Literal["opencv", "replay"] = "opencv"
-    source: str = "0"  # V4L2 index, URL or GStreamer string; for replay a video file or a folder of images
-    width: Positive | None = None  # asked of a V4L2 camera; it may give something else
+    kind: Literal["opencv", "rpicam", "pipe", "replay"] = "opencv"
+    # V4L2 index, URL or GStreamer string; rpicam: the camera's number; pipe: a command that writes raw frames to its
+    # standard output; replay: a video file or a folder of images.
+    source: str = "0"
+    width: Positive | None = None  # asked of a V4L2 camera, it may give something else; of rpicam; said of a pipe
     height: Positive | None = None
+    format: PixelFormat = "i420"  # pipe: what the command writes, in GStreamer's words
     max_fps: Annotated[float, msgspec.Meta(gt=0)] | None = None  # more frames than this are not worth answering
     realtime: bool = (
         True  # replay: at the clip's own pace, the latest frame wins; false: every frame, as fast as it goes
@@ -70,6 +74,8 @@ class CameraConfig(_Struct, frozen=True):
     stalls: tuple[tuple[float, float], ...] = ()  # replay: from a second on, for so many, it gives no frame; to try out
     open_timeout_s: Seconds = 10.0
     read_timeout_s: Seconds = 5.0  # no frame for so long: the camera is stalled and is opened again
+    max_lag_ms: Positive = 1000  # frames that come later than this after they were due are dropped
+    frozen_after_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 30.0  # the same picture for so long; 0: never
 
 
 class PreviewConfig(_Struct, frozen=True):

@@ -18,12 +18,14 @@ Answer: TypeAlias = msgspec.Struct  # what a task says of a frame; its own type,
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One picture, stamped when it was grabbed; it owns its pixels."""
+    """One picture, stamped when it was grabbed. Nobody writes to its pixels while it lives, and it must not either."""
 
     camera: str
     captured_ns: int  # time.monotonic_ns() at the grab
     pixels: Pixels
     index: int  # position in the source: counts what the camera gave, dropped frames included
+    skipped: int = 0  # frames right before this one that were worth answering, but that nobody had room for
+    flaw: str | None = None  # why it may not show what is there now, such as "frozen"; None: nothing known against it
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,9 +39,16 @@ class PacketError(KinflowError):
 
 
 class CameraError(KinflowError):
-    """A source of frames cannot be opened, or gives no frames any more."""
+    """A source of frames cannot be opened, or gives no frames any more.
+
+    `reason` is the word to count it by: `open`, `silent`, `broken`, `resized`, `late` or `frozen`.
+    """
 
     exit_code = 66
+
+    def __init__(self, sentence: str, reason: str = "broken") -> None:
+        super().__init__(sentence)
+        self.reason = reason
 
 
 class LinkError(KinflowError):

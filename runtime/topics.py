@@ -67,7 +67,7 @@ class Subtree:
         return f"{self}/cam/{camera}/state"
 
     def camera_status(self, camera: str) -> str:
-        """Retained: `starting`, `online`, `stalled` or `offline`."""
+        """Retained: `starting`, `online`, `late`, `frozen`, `stalled` or `offline`."""
         return f"{self}/cam/{camera}/status"
 
     def preview(self, camera: str) -> str:

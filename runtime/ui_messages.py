@@ -13,7 +13,7 @@ from runtime.codec import jpeg_size
 from runtime.errors import PacketError
 
 AVAILABILITIES = (b"online", b"offline", b"")  # a retained message that was taken back has no payload
-STATUSES = (b"starting", b"online", b"stalled", b"offline", b"")
+STATUSES = (b"starting", b"online", b"late", b"frozen", b"stalled", b"offline", b"")
 KINDS = ("availability", "birth", "stats", "result", "status", "event", "preview")
 MOST_BOXES = 100
 MOST_COUNTERS = 500
