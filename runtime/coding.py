@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime import packet
-from runtime.codec import CODECS, Codecs, ReferenceCodec, find_rate
+from runtime.codec import CODECS, Codec, Codecs, ReferenceCodec, find_rate
 from runtime.datatypes import Tensor
 from runtime.errors import PacketError
 from runtime.manifest import Bundle
 from runtime.packet import Packet
+from runtime.plan_rates import Way
 from runtime.references import RECEIVER_BYTES, HeldReferences, SentReferences, Source, StreamNumbers
 
 
@@ -30,12 +31,16 @@ class Coded:
     sequence: int
     payload: bytes
     camera: int
+    way: Way
     flags: int = 0
     reference: int | None = None
 
 
 class Encoder:
-    """The sender's end at one cut with one codec and rate. Any thread may use it; encoding is one at a time.
+    """The sender's end at one cut with one codec and rate at a time. Any thread may use it; encoding is one at a time.
+
+    Frames may be given another way than the last ones: then all streams' references begin anew, since levels of
+    different rates do not compare.
 
     Raises:
         ConfigError: the bundle has no such codec or rate at this cut.
@@ -43,19 +48,39 @@ class Encoder:
     """
 
     def __init__(self, bundle: Bundle, *, codec: str, cut: int, between_frames: bool = True) -> None:
-        self.codec, self.rate = find_rate(bundle, cut, codec)
-        self._codec = Codecs(bundle).get(cut, CODECS[self.codec], self.rate)
-        # What is damaged shows now, and the first frame does not wait for graphs to load.
-        self._codec.encode(np.zeros((1, *bundle.manifest.cuts[cut].shape), bundle.manifest.cuts[cut].dtype))
-        # Asked once: what `isinstance` takes with a protocol is a tenth of a frame's encoding.
-        self._against = self._codec if between_frames and isinstance(self._codec, ReferenceCodec) else None
+        self._bundle, self._between_frames = bundle, between_frames
+        self._codecs = Codecs(bundle)
+        self._known: dict[Way, tuple[Codec, ReferenceCodec | None]] = {}
+        self.way = Way(cut, *find_rate(bundle, cut, codec))
+        self.prepare(self.way)
         self._numbers = StreamNumbers()
         self._references: SentReferences[int] = SentReferences()  # by number of the camera
         self._alone_bytes: dict[int, int] = {}  # by number of the camera: its last frame that was coded standing alone
         self._sequence = 0
         self._lock = threading.Lock()
 
-    def encode(self, tensor: Tensor, *, camera: int, origin: str | None = None, alone: bool = False) -> Coded:
+    def prepare(self, way: Way) -> None:
+        """Make ready what a way needs, so that what is damaged shows now, and no frame waits for graphs to load.
+
+        Raises:
+            BundleError, PacketError: the bundle has no such codec or rate, or it cannot be used on this machine.
+        """
+        codec = self._codecs.get(way.cut, CODECS[way.codec], way.rate)
+        spec = self._bundle.manifest.cuts[way.cut]
+        codec.encode(np.zeros((1, *spec.shape), spec.dtype))
+        # Asked once: what `isinstance` takes with a protocol is a tenth of a frame's encoding.
+        against = codec if self._between_frames and isinstance(codec, ReferenceCodec) else None
+        self._known[way] = (codec, against)
+
+    def encode(
+        self,
+        tensor: Tensor,
+        *,
+        camera: int,
+        origin: str | None = None,
+        alone: bool = False,
+        way: Way | None = None,
+    ) -> Coded:
         """Encode the features (1, …) of one frame and give it the next sequence number.
 
         Args:
@@ -63,6 +88,7 @@ class Encoder:
             camera: index in the list of whoever has the camera.
             origin: who that is, when it is not this sender itself.
             alone: whether the frame must not be coded against another.
+            way: how from now on, or, with `alone`, for this frame only; it has been prepared. None: as the last ones.
         """
         with self._lock:
             sequence, self._sequence = self._sequence, (self._sequence + 1) % packet.NONE
@@ -70,9 +96,14 @@ class Encoder:
                 camera, taken = self._numbers.number(origin, camera)
                 if taken:
                     self._references.forget(camera)
-            codec = self._against
+            aside = way is not None and alone and way != self.way
+            if way is not None and not aside and way != self.way:
+                self.way, self._references, self._alone_bytes = way, SentReferences(), {}
+            plain, codec = self._known[way if aside and way is not None else self.way]
+            if aside and way is not None:
+                return Coded(sequence, plain.encode(tensor), camera, way)
             if codec is None or self._references.pausing(camera):
-                return Coded(sequence, self._codec.encode(tensor), camera)
+                return Coded(sequence, plain.encode(tensor), camera, self.way)
             reference = None if alone else self._references.newest(camera, sequence)
             payload, levels = codec.encode_against(tensor, None if reference is None else reference.levels)
             if reference is not None and len(payload) > self._alone_bytes.get(camera, 0):
@@ -84,7 +115,8 @@ class Encoder:
             elif reference is None:
                 self._alone_bytes[camera] = len(payload)
             self._references.sent(camera, sequence, levels, reference)
-            return Coded(sequence, payload, camera, packet.KEEP, None if reference is None else reference.sequence)
+            against = None if reference is None else reference.sequence
+            return Coded(sequence, payload, camera, self.way, packet.KEEP, against)
 
     def acknowledge(self, sequence: int) -> None:
         """A reply proves that the frame sent as `sequence` was decoded."""

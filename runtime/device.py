@@ -181,7 +181,7 @@ class Device:
         if known is not None:
             self._answer(_Frame(*seen, features, None, timings), known.said, repeats=known.frame)
             return True
-        if self._uplink is not None and self._uplink.cut == 0:
+        if self._uplink is not None and self._uplink.way.cut == 0:
             self._offload(_Frame(*seen, features, None, timings))
             return True
         outcome = cascade.run([features], self._tier, self._policy)[0]
@@ -258,8 +258,8 @@ class Device:
             tier=tier or self._tier_name,
             exit=said.exit,
             agreement=None if degraded is not None else self._agreement(said.exit, repeats),
-            codec=None if sent is None or self._uplink is None else self._uplink.codec,
-            cut=None if sent is None or self._uplink is None else self._uplink.cut,
+            codec=None if sent is None else sent.way.codec,
+            cut=None if sent is None else sent.way.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
             age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
             timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},

@@ -127,7 +127,7 @@ class Tables:
                         self._add(Candidate(number, last, row, None), NOTHING, exits)
                     for rate in rates[last + 1] if last + 1 <= above and last + 1 < len(rates) else ():
                         self._add(Candidate(number, last, row, rate.way, rate.parameter), rate, exits)
-        self._overhead = overhead
+        self._size = {rate.way: (rate.p50, rate.p95) for at_cut in rates for rate in at_cut}
         self._arrays(seen)
 
     def __len__(self) -> int:
@@ -137,8 +137,8 @@ class Tables:
         """What each candidate would give now."""
         local = self._uses @ np.array([self._stage_ms(stage, known) for stage in self._stages])
         ratios = [known.bytes_ratio.get(codec, (1.0, 1.0)) for codec in self._codecs]
-        typical = self._overhead + (self._bytes_p50 - self._overhead) * np.array([r[0] for r in ratios])[self._codec]
-        large = self._overhead + (self._bytes_p95 - self._overhead) * np.array([r[1] for r in ratios])[self._codec]
+        typical = self._bytes_p50 * np.array([ratio[0] for ratio in ratios])[self._codec]
+        large = self._bytes_p95 * np.array([ratio[1] for ratio in ratios])[self._codec]
         large = np.where(self._sends, np.maximum(large, typical), 0.0)
         typical = np.where(self._sends, typical, 0.0)
         link = known.link
@@ -160,6 +160,10 @@ class Tables:
             transfer_ms=transfer_ms,
             share=share,
         )
+
+    def size(self, way: Way) -> tuple[float, float] | None:
+        """Bytes of a frame's message by the manifest, median and 95th percentile; None: not measured."""
+        return self._size.get(way)
 
     @property
     def sending(self) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -22,11 +23,14 @@ from runtime.errors import PacketError
 from runtime.link import Link
 from runtime.manifest import Bundle
 from runtime.packet import Kind, Packet
+from runtime.plan_rates import Way
 from runtime.reply import Reply
 from runtime.task import open_task
 from runtime.topics import Subtree, publish_bytes
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = 64  # frames given back, so that their late answers still tell of the link
 
 Context = TypeVar("Context")
 
@@ -40,6 +44,8 @@ class _Frame:
     camera: int
     origin: str | None
     variant: int
+    way: Way
+    alone: bool
 
 
 @dataclass(slots=True)
@@ -55,15 +61,21 @@ class Sent(Generic[Context]):
     bytes_up: int = 0  # all of MQTT; of both packets when the frame had to be sent again
     against: bool = False  # whether it is coded against an earlier frame
 
+    @property
+    def way(self) -> Way:
+        """Its cut, codec and rate."""
+        return self.frame.way
+
 
 class Uplink(Generic[Context]):
-    """Sends features of one bundle at one cut with one codec, and matches the answers.
+    """Sends features of one bundle, and matches the answers.
 
     A codec that can do so codes a frame against the last one of its camera that the node has answered, unless
     `between_frames` is False. A node that lacks that one says so, and the frame goes up again at once, standing alone.
 
     Only one thread may send. `on_reply` is called on the link's thread, once at most for each Sent, with a Reply or
-    with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more.
+    with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more; `on_late`
+    is told when an answer comes for one that `expire` returned.
     """
 
     def __init__(
@@ -78,10 +90,12 @@ class Uplink(Generic[Context]):
         counters: Counters,
         on_reply: Callable[[Sent[Context], Reply | str], None],
         between_frames: bool = True,
+        on_late: Callable[[Sent[Context]], None] | None = None,
     ) -> None:
         self._encoder = Encoder(bundle, codec=codec, cut=cut, between_frames=between_frames)
-        self.codec = self._encoder.codec
-        self.cut = cut
+        self.prepare = self._encoder.prepare
+        self._on_late = on_late
+        self._given_back: OrderedDict[int, Sent[Context]] = OrderedDict()  # by sequence; guarded by _lock
         self._link = link
         self._topics = topics
         self._bundle = bundle
@@ -100,6 +114,11 @@ class Uplink(Generic[Context]):
             return len(self._waiting)
 
     @property
+    def way(self) -> Way:
+        """Cut, codec and rate of what is sent when nothing else is said."""
+        return self._encoder.way
+
+    @property
     def full(self) -> bool:
         """Whether as many frames wait for an answer as may."""
         return len(self) >= self._max_in_flight
@@ -114,8 +133,10 @@ class Uplink(Generic[Context]):
         camera: int = 0,
         origin: str | None = None,
         variant: int = 0,
+        way: Way | None = None,
+        alone: bool = False,
     ) -> Sent[Context] | str:
-        """Encode and send features (1, …) at this uplink's cut.
+        """Encode and send features (1, …).
 
         Args:
             features: what to send.
@@ -125,6 +146,8 @@ class Uplink(Generic[Context]):
             camera: index in the list of cameras of whoever has the camera.
             origin: who that is, when a node passes on what another has sent it.
             variant: of the first segment, that made the features.
+            way: cut, codec and rate from now on, `prepare`d; None: as the last ones.
+            alone: whether `way` holds for this frame only, which stands alone.
 
         Returns:
             What was sent, or the reason why it was not: `offline`, `busy`, `deadline`, `oversize` or `link`.
@@ -133,7 +156,8 @@ class Uplink(Generic[Context]):
             return "offline"
         if self.full:
             return "busy"
-        sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin, variant))
+        way = way or self._encoder.way
+        sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin, variant, way, alone))
         problem = self._dispatch(sent)
         return sent if problem in ("", "gone") else problem
 
@@ -145,7 +169,8 @@ class Uplink(Generic[Context]):
         """
         frame = sent.frame
         start_ns = time.monotonic_ns()
-        coded = self._encoder.encode(frame.tensor, camera=frame.camera, origin=frame.origin, alone=again is not None)
+        way, alone = frame.way, frame.alone or again is not None
+        coded = self._encoder.encode(frame.tensor, camera=frame.camera, origin=frame.origin, alone=alone, way=way)
         if len(coded.payload) > packet.MAX_PAYLOAD_BYTES:
             return "oversize"
         now_ns = time.monotonic_ns()
@@ -159,9 +184,9 @@ class Uplink(Generic[Context]):
                 session=self.session,
                 sequence=coded.sequence,
                 payload=coded.payload,
-                codec=CODECS[self.codec],
-                cut=self.cut,
-                rate=self._encoder.rate,
+                codec=CODECS[way.codec],
+                cut=way.cut,
+                rate=way.rate,
                 variant=frame.variant,
                 camera=coded.camera,
                 flags=coded.flags,
@@ -170,7 +195,7 @@ class Uplink(Generic[Context]):
                 age_us=(now_ns - frame.born_ns) // 1000,
             )
         )
-        topic = self._topics.request(self._bundle.key8, self.cut)
+        topic = self._topics.request(self._bundle.key8, way.cut)
         # Its bookkeeping comes first, as no answer may overtake it, and without the lock, as the link may call
         # `_receive` from inside `publish`. The link then says the exact bytes, which differ by one in MQTT 3.1.1.
         expected_bytes = publish_bytes(topic, len(data))
@@ -189,7 +214,7 @@ class Uplink(Generic[Context]):
             with self._lock:
                 return "link" if self._waiting.pop(coded.sequence, None) is sent else "gone"
         against = "alone" if coded.reference is None else "against"
-        self._counters.add("offload_requests_total", cut=self.cut, codec=self.codec, reference=against)
+        self._counters.add("offload_requests_total", cut=way.cut, codec=way.codec, reference=against)
         self._counters.add("offload_bytes_total", bytes_up)
         if coded.reference is not None:
             self._counters.add("offload_against_bytes_total", bytes_up)
@@ -199,6 +224,10 @@ class Uplink(Generic[Context]):
         """Take back what has passed its deadline."""
         with self._lock:
             late = [sequence for sequence, sent in self._waiting.items() if sent.deadline_ns <= now_ns]
+            for sequence in late:
+                self._given_back[sequence] = self._waiting[sequence]
+            while len(self._given_back) > REMEMBERED:
+                self._given_back.popitem(last=False)
             return [self._waiting.pop(sequence) for sequence in late]
 
     def drain(self) -> list[Sent[Context]]:
@@ -235,8 +264,11 @@ class Uplink(Generic[Context]):
                 return
         with self._lock:
             sent = self._waiting.pop(message.sequence, None)
+            given_back = self._given_back.pop(message.sequence, None)
         if sent is None:
             self._counters.add("replies_ignored_total", reason="late")
+            if given_back is not None and self._on_late is not None:
+                self._on_late(given_back)
             return
         self._on_reply(sent, said)
 

@@ -28,6 +28,7 @@ LAYERS = (
         "drift",
         "estimates",
         "planner",
+        "pilot",
         "plan_rates",
         "plan_tables",
         "ladder",

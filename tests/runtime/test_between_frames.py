@@ -36,6 +36,7 @@ from runtime.link import Link, open_link
 from runtime.manifest import Bundle, CodecSpec, CutSpec, FileSpec, RateSpec
 from runtime.node import Node
 from runtime.packet import KEEP, REFERENCE_MISSING, Kind, Packet
+from runtime.plan_rates import Way
 from runtime.references import Source, cost
 from runtime.reply import Reply
 from runtime.topics import Subtree
@@ -222,7 +223,7 @@ def same_levels(sender: Sender, node: Node, camera: int = 0) -> int | None:
     newest = sender.uplink._encoder._references.newest(camera, len(sender.sent))
     if newest is None:
         return None
-    source = Source(str(CAM), sender.uplink.session, camera, 1, CODECS[CODEC], sender.uplink._encoder.rate)
+    source = Source(str(CAM), sender.uplink.session, camera, 1, CODECS[CODEC], sender.uplink._encoder.way.rate)
     held = node._decoder.references.find(source, newest.sequence)
     assert held is not None
     np.testing.assert_array_equal(held, newest.levels)
@@ -319,7 +320,7 @@ def test_what_a_node_lacks_is_refused_by_a_flag_and_counted(
     link.subscribe(CAM.replies, receive)
     link.start()
     request = Packet(
-        Kind.FEATURES, bundle.key, 7, 5, coded.payload, codec=CODECS[CODEC], cut=1, rate=encoder.rate, reference=4
+        Kind.FEATURES, bundle.key, 7, 5, coded.payload, codec=CODECS[CODEC], cut=1, rate=encoder.way.rate, reference=4
     )
     link.publish(CAM.request(bundle.key8, 1), packet.pack(request))
     assert arrived.wait(10)
@@ -418,7 +419,7 @@ def test_whatever_happens_a_decoder_makes_of_a_frame_what_one_makes_that_missed_
                 coded.payload,
                 codec=CODECS[CODEC],
                 cut=1,
-                rate=encoder.rate,
+                rate=encoder.way.rate,
                 flags=coded.flags,
                 reference=coded.reference,
             )
@@ -455,7 +456,7 @@ def test_a_damaged_payload_is_no_reference(bundle: Bundle) -> None:
 
     def request(number: int, **changes: Any) -> Packet:
         coded = encoder.encode(frames[number].tensor, camera=0)
-        fields = {"codec": CODECS[CODEC], "cut": 1, "rate": encoder.rate, "flags": coded.flags}
+        fields = {"codec": CODECS[CODEC], "cut": 1, "rate": encoder.way.rate, "flags": coded.flags}
         made = Packet(Kind.FEATURES, bundle.key, 1, coded.sequence, coded.payload, reference=coded.reference, **fields)
         return dataclasses.replace(made, **changes)
 
@@ -657,3 +658,30 @@ def until(happened: Callable[[], bool], seconds: float = 30) -> None:
     while not happened():
         assert time.monotonic() < end, "nothing happens"
         time.sleep(0.01)
+
+
+def test_another_way_begins_anew_and_one_frame_aside_changes_nothing(bundle: Bundle) -> None:
+    """The decoder tells all of it, and references never cross from one rate to another."""
+    encoder, decoder = Encoder(bundle, codec=CODEC, cut=1), Decoder(bundle)
+    usual, raw = encoder.way, Way(1, "raw", 0)
+    encoder.prepare(raw)
+    frames = walk(bundle, 6)
+
+    def through(number: int, **how: Any) -> int | None:
+        coded = encoder.encode(frames[number].tensor, camera=0, **how)
+        message = Packet(
+            Kind.FEATURES, bundle.key, 7, coded.sequence, coded.payload, codec=CODECS[coded.way.codec],
+            cut=coded.way.cut, rate=coded.way.rate, flags=coded.flags, reference=coded.reference,
+        )  # fmt: skip
+        decoded = decoder.decode("client", message)
+        if coded.way == raw:
+            np.testing.assert_array_equal(decoded, frames[number].tensor)
+        encoder.acknowledge(coded.sequence)
+        return coded.reference
+
+    assert through(0) is None
+    assert through(1) == 0
+    assert through(2, way=raw, alone=True) is None
+    assert through(3, way=usual) == 1  # what went aside took nothing from the stream
+    assert through(4, way=raw) is None
+    assert through(5, way=usual) is None  # the stream begins anew

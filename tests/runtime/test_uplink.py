@@ -315,7 +315,7 @@ def test_nothing_is_lost_or_answered_twice_when_answers_race_with_deadlines(benc
 
 def test_a_picture_codec_sends_the_frame_at_cut_0(bench: Bench) -> None:
     uplink = bench.make("jpeg:90", 0)
-    assert (uplink.codec, uplink.cut) == ("jpeg", 0)
+    assert (uplink.way.codec, uplink.way.cut) == ("jpeg", 0)
     now_ns = time.monotonic_ns()
     frame = Features(0, np.zeros((1, 16, 16, 3), np.uint8))
     assert isinstance(uplink.send(frame, "one", born_ns=now_ns, deadline_ns=now_ns + SECOND_NS), Sent)

@@ -1,0 +1,238 @@
+"""Steers one device by what it sees: estimators, ladder, planner and probes together. Pure; times are given.
+
+The rim around it is runtime/steering.py; scripts/bench_planner drives the same pilot through simulated links.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.estimates import LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
+from runtime.ladder import FREE, Ladder, Limits
+from runtime.objective import Objective
+from runtime.plan_rates import Way
+from runtime.plan_tables import Candidate, Estimates, Tables, encode_stage
+from runtime.planner import Decision, plan, probe
+from runtime.thermals import Board
+
+FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spacing doubles from one to the other
+FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
+PROBE_SHARE = 0.05  # of the bytes allowed
+STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
+LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
+LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
+WORK_SHARE = 0.75  # quantile of own work that is planned with
+
+
+@dataclass(slots=True)
+class _Flying:
+    size: int
+    way: Way
+    probe: bool
+    missed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A frame that goes up to learn something."""
+
+    candidate: Candidate
+    copy: bool  # whether the frame is answered here all the same, and the reply answers nothing
+
+
+class Pilot:
+    """Decides how frames are treated. The caller keeps its calls in one thread at a time.
+
+    Args:
+        tables: the candidates.
+        objective: what the operator wants.
+        budget_ms: after which an answer is worth nothing.
+        stage_ms: what the device's stages took when they were tried at its start.
+    """
+
+    def __init__(
+        self, tables: Tables, objective: Objective, *, budget_ms: float, stage_ms: Mapping[str, float]
+    ) -> None:
+        self.tables, self.objective = tables, objective
+        self.limit_ms = min(budget_ms, objective.latency_p95_ms or budget_ms)
+        self._budget_ms = budget_ms
+        self._link = LinkEstimator()
+        self._work, self._above = WorkEstimator(), WorkEstimator()
+        self._work.took(stage_ms, 0)
+        self._frames = RateEstimator()
+        self._sizes: dict[str, tuple[deque[float], Window]] = {}
+        self._alike: dict[int, deque[bool]] = {}
+        self._flying: OrderedDict[int, _Flying] = OrderedDict()  # by when it went up, in that order
+        self._answered_ns = 0  # when the frame went up that was last answered
+        self._ladder = Ladder(warm_celsius=objective.warm_celsius, hot_celsius=objective.hot_celsius)
+        self.limits: Limits = FREE
+        self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
+        self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
+        self.known = self._estimates(0)
+        self.decision: Decision = plan(tables, self.known, objective, 0, None, budget_ms=budget_ms)
+
+    def taken(self, now_ns: int) -> None:
+        """A frame is there to be answered."""
+        self._frames.taken(now_ns)
+
+    def worked(self, stages: Mapping[str, float], now_ns: int) -> None:
+        """Stages of this device and their milliseconds; `segment0.vN` where a variant ran."""
+        self._work.took(stages, now_ns)
+
+    def sent(self, now_ns: int, size: int, way: Way, *, encode_ms: float, probe: bool = False) -> None:
+        """A frame of `size` bytes, all of MQTT counted, goes up."""
+        self._work.took({encode_stage(way): encode_ms}, now_ns)
+        self._flying[now_ns] = _Flying(size, way, probe)
+        while next(iter(self._flying)) < now_ns - STALE_NS:
+            self._flying.popitem(last=False)
+        self._silent_ns = now_ns + round(self._silent_ms * 1e6)
+        usual = self.tables.size(way)
+        if usual is not None and not probe:
+            means, larges = self._sizes.setdefault(way.codec, (deque(maxlen=32), Window()))
+            means.append(size / usual[0])
+            larges.add(size / usual[1], now_ns)
+
+    def replied(self, sent_ns: int, now_ns: int, timings: Mapping[str, float] | None, *, late: bool = False) -> None:
+        """A word came for the frame that went up at `sent_ns`; without timings it was a refusal."""
+        frame = self._flying.pop(sent_ns, None)
+        self._answered_ns = max(self._answered_ns, sent_ns)
+        self._silent_ms = FIRST_PROBE_MS
+        if frame is None or timings is None or (now_ns - sent_ns) / 1e6 > LATE_MS:
+            self._link.heard(sent_ns, now_ns)
+            return
+        self._link.replied(sent_ns, now_ns, frame.size, sum(timings.values()))
+        self._above.took(node_stages(timings), now_ns)
+        if not frame.probe and not frame.missed:
+            self._ladder.sent(now_ns, late=late)
+
+    def missed(self, sent_ns: int, now_ns: int) -> None:
+        """No answer came in time for the frame that went up at `sent_ns`."""
+        self._link.missed(sent_ns)
+        frame = self._flying.get(sent_ns)
+        if frame is None:
+            return
+        frame.missed = True
+        if not frame.probe:
+            self._ladder.sent(now_ns, late=True)
+
+    def reconnected(self) -> None:
+        """The connection is another one: what was on its way is gone."""
+        self._flying.clear()
+        self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
+
+    def compared(self, exit_cut: int, *, same: bool) -> None:
+        """The local exit said the same as what came from above, or not, of a frame it was not sure of."""
+        self._alike.setdefault(exit_cut, deque(maxlen=200)).append(same)
+
+    def step(self, now_ns: int, *, connected: bool = True, board: Board | None = None) -> bool:
+        """Think again. Returns whether the decision is another one now."""
+        self.known = known = self._estimates(now_ns)
+        lost = None
+        if not connected:
+            lost = "the broker cannot be reached"
+        elif known.link.lost:
+            silent = known.link.age_ms / 1000
+            lost = "nothing has ever come back" if math.isinf(silent) else f"nothing has come back for {silent:.1f} s"
+        self.limits = self._ladder.step(now_ns, lost=lost, board=board, bytes_now=self.decision.bytes)
+        before = self.decision
+        self.decision = plan(
+            self.tables, known, self.objective, now_ns, before, budget_ms=self._budget_ms, limits=self.limits
+        )
+        moved = self.decision.index != before.index
+        if moved:
+            self._reach_ns, self._reach_ms = now_ns + round(FIRST_REACH_MS * 1e6), FIRST_REACH_MS
+        return moved
+
+    def arrival_ms(self, now_ns: int, captured_ns: int) -> float:
+        """The age an answer would have if the frame went up now, as it is decided."""
+        way, link = self.decision.candidate.way, self.known.link
+        age_ms = (now_ns - captured_ns) / 1e6
+        usual = None if way is None else self.tables.size(way)
+        if way is None or usual is None or link.goodput is None:
+            return age_ms
+        size = usual[0] * self.known.bytes_ratio.get(way.codec, (1.0, 1.0))[0]
+        free_ns = float(now_ns)
+        # What went up before has to pass first; each takes its time from when the pipe was free.
+        passed_ns = 0.0
+        for sent_ns, frame in self._flying.items():
+            if sent_ns > self._answered_ns:
+                passed_ns = max(passed_ns, sent_ns) + frame.size / link.goodput * 1e9
+        free_ns = max(free_ns, passed_ns)
+        wait_ms = (free_ns - now_ns) / 1e6 + size / link.goodput * 1000
+        encode_ms = self.known.stage_ms.get(encode_stage(way), 0.0)
+        above_ms = sum(ms for stage, ms in self.known.node_ms.items() if stage == "rest" or int(stage[7:]) >= way.cut)
+        return age_ms + encode_ms + wait_ms + (link.rtt_ms or 0.0) + above_ms
+
+    def too_late(self, now_ns: int, captured_ns: int) -> bool:
+        """Whether an answer from above would come after the limit on its age."""
+        return self.arrival_ms(now_ns, captured_ns) > self.limit_ms
+
+    def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
+        """How to send this frame to learn something, though the plan would not; None: not now.
+
+        While nothing comes back or nothing may go up, that is a copy in the cheapest way of all; else, rarely, the
+        frame itself in the next better one.
+        """
+        if not connected or not self.limits.computes:
+            return None
+        kept = self.decision.candidate.way is None or self.known.link.lost
+        if now_ns >= self._silent_ns and (kept or self._unheard(now_ns)):
+            found = probe(
+                self.tables, self.known, self.objective, self.decision, budget_ms=self._budget_ms, limits=SILENT
+            )
+            if found is not None and found.way is not None:
+                self._silent_ms = min(2 * self._silent_ms, self._spaced(found.way, SILENT_PROBE_MS))
+                self._silent_ns = now_ns + round(self._silent_ms * 1e6)
+                return Probe(found, copy=True)
+        if kept or now_ns < self._reach_ns:
+            return None
+        self._reach_ms = min(2 * self._reach_ms, MAX_REACH_MS)
+        self._reach_ns = now_ns + round(self._reach_ms * 1e6)
+        found = probe(
+            self.tables, self.known, self.objective, self.decision, budget_ms=self._budget_ms, limits=self.limits
+        )
+        if found is None or found.way is None:
+            return None
+        self._reach_ns = now_ns + round(self._spaced(found.way, self._reach_ms) * 1e6)
+        return Probe(found, copy=False)
+
+    def _spaced(self, way: Way, least_ms: float) -> float:
+        """Milliseconds between probes of this size so that they take their share of the bytes at most."""
+        most, usual = self.objective.max_bytes_per_second, self.tables.size(way)
+        if most is None or usual is None:
+            return least_ms
+        return max(least_ms, usual[0] / (PROBE_SHARE * most) * 1000)
+
+    def _unheard(self, now_ns: int) -> bool:
+        """Whether what is known of the link is old, as when all frames were too late to go up."""
+        return self.known.link.age_ms > self._silent_ms and not any(
+            sent_ns > now_ns - self._silent_ms * 1e6 for sent_ns in self._flying
+        )
+
+    def _estimates(self, now_ns: int) -> Estimates:
+        since_ns, size = None, 0
+        for sent_ns, frame in self._flying.items():
+            if sent_ns > self._answered_ns:  # what later frames overtook is lost, not waiting
+                since_ns, size = sent_ns, frame.size
+                break
+        stages = {stage: self._work.ms(stage, WORK_SHARE) or 0.0 for stage in self._work.stages()}
+        above = {stage: self._above.ms(stage) or 0.0 for stage in self._above.stages()}
+        return Estimates(
+            link=self._link.estimate(now_ns, since_ns, size),
+            stage_ms=stages,
+            node_ms=above,
+            frames_per_second=self._frames.per_second or 10.0,
+            bytes_ratio={
+                codec: (sum(means) / len(means), larges.quantile(0.9) or 1.0)
+                for codec, (means, larges) in self._sizes.items()
+            },
+            local_agreement={
+                cut: sum(alike) / len(alike) for cut, alike in self._alike.items() if len(alike) >= LEARNED
+            },
+        )
+
+
+SILENT = Limits(sends=False)
