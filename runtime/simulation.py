@@ -60,7 +60,8 @@ class Simulation:
     With a `scenario`, the device reaches it through a shaped link; the nodes do not. The scenario's clock starts with
     the first frame, and its end ends the run. Of a node that was killed, only the last life's counters are known.
     `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
-    `device` has more settings of the device, as its configuration has them.
+    `device` has more settings of the device, as its configuration has them; `uplink_codec` is the edge node's, by default
+    the device's.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Simulation:
         broker: tuple[str, int] | Path | None = None,
         scenario: Scenario | None = None,
         codec: str = "auto",
+        uplink_codec: str | None = None,
         variant: int = 0,
         early_exits: bool = True,
         budget_ms: int = 2000,
@@ -118,6 +120,7 @@ class Simulation:
             "max_in_flight": max_in_flight,
             **(device or {}),
         }
+        self._uplink_codec = uplink_codec
         self._site = f"sim-{secrets.token_hex(4)}"
         self._stack = contextlib.ExitStack()
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -240,7 +243,7 @@ class Simulation:
                 **self._settings,
             }
             # Pictures are for devices only: behind the first segments there is none.
-            codec = str(self._device_settings["codec"])
+            codec = self._uplink_codec or str(self._device_settings["codec"])
             uplink = {"uplink": {} if codec.startswith("jpeg") else {"codec": codec}}
             config = self._write(name, settings, uplink if name != self.tiers[-1] else {})
             self._nodes[name] = start_tier(["node", "--config", str(config), "--json"])
