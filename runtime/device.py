@@ -33,6 +33,7 @@ from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
 from runtime.variant import with_variant
 from runtime.watch import Watch
+from runtime.watchdog import of_device
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Device:
             self._link, self._topics, self.counters, stats_interval_s=config.stats_interval_s, told=told
         )
         self._link.on_connect(self._watch.announce)
+        self._watchdog = of_device(self.counters, self._link, self._captures)
 
     def run(self, stop: threading.Event) -> None:
         """Answer frames until `stop` is set or every camera has ended, then drain.
@@ -135,11 +137,13 @@ class Device:
         self._await_link(stop)
         for capture in self._captures:
             capture.start()
+        self._watchdog.ready()
         try:
             while not stop.is_set() and self._fault is None:
                 self._wake.clear()
                 self._expire()
                 self._presence.tell(self._statuses())
+                self._watchdog.tend()
                 stepped = [self._step(capture) for capture in self._captures]
                 if any(stepped):
                     continue
@@ -179,7 +183,10 @@ class Device:
         seen = (frame.camera, frame.index, frame.captured_ns, frame.pixels.shape[:2])
         known = self._watch.look(frame, features, timings)
         if known is not None:
-            self._answer(_Frame(*seen, features, None, timings), known.said, repeats=known.frame)
+            self._answer(_Frame(*seen, features, None, timings), known.said, repeats=known.frame, degraded=frame.flaw)
+            return True
+        if frame.flaw is not None:  # not worth the link
+            self._answer_locally(_Frame(*seen, features, None, timings), frame.flaw)
             return True
         if self._uplink is not None and self._uplink.way.cut == 0:
             self._offload(_Frame(*seen, features, None, timings))
@@ -306,6 +313,7 @@ class Device:
         return [(capture.name, capture.status) for capture in self._captures]
 
     def _close(self) -> None:
+        self._watchdog.stopping()
         for capture in self._captures:
             capture.close()
         end_s = time.monotonic() + DRAIN_S

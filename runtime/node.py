@@ -33,6 +33,7 @@ from runtime.segment import load_segments
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
 from runtime.variant import known, with_each_variant
+from runtime.watchdog import of_node
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +140,14 @@ class Node:
         links = [self._link] if self._upper_link is self._link else [self._link, self._upper_link]
         for link in links:
             link.start()
+        watchdog = of_node(self.counters, self._link, lambda: len(self._batcher))
+        watchdog.ready()
         while not stop.is_set():
+            watchdog.tend()
             self._serve(self._batcher.take(IDLE_S if self._uplink is None else self._uplink.patience_s(IDLE_S)))
             self._expire()
             self._presence.tell()
+        watchdog.stopping()
         self._close(links)
 
     def _received(self, topic: str, data: bytes) -> None:

@@ -57,6 +57,7 @@ LAYERS = (
         "presence",
         "preview",
         "watch",
+        "watchdog",
     },  # and every variant of a seam
     {"device", "node"},
     {
