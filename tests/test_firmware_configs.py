@@ -18,9 +18,11 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from runtime import config
+from runtime.camera import open_camera
 from runtime.config import DeviceConfig, NodeConfig
 from runtime.packet import HEADER, MAX_PAYLOAD_BYTES
 from runtime.topics import Subtree, publish_bytes, requests
+from runtime.watchdog import PERIOD_S
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,13 +82,16 @@ def test_a_board_config_loads_and_is_short(path: Path) -> None:
 def test_what_a_board_config_suggests_in_comments_loads_too(path: Path) -> None:
     text = re.sub(r"(?m)^#(?=[\[a-z])", "", path.read_text("utf-8"))
     if path.suffixes[-2] == ".device":
-        config.parse(text, DeviceConfig)
+        suggested = config.parse(text, DeviceConfig)
+        for name, camera in suggested.camera.items():
+            open_camera(name, camera)  # opens nothing yet, but refuses what could never be opened
     else:
         config.parse(text, NodeConfig)
 
 
 def unit(path: Path) -> configparser.ConfigParser:
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
+    # strict=False: systemd takes some keys, such as DeviceAllow, more than once.
+    parser = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read_string(path.read_text("utf-8"))
     return parser
@@ -101,7 +106,9 @@ def test_a_unit_starts_what_exists_and_behaves(path: Path) -> None:
     assert command is not None, service["ExecStart"]
     for tier in ["edge", "cloud"] if command[2] == "%i" else [command[2]]:
         assert list(BOARDS.glob(f"*.{tier}.toml")), f"no config in boards/ becomes /etc/kinflow/{tier}.toml"
-    assert service["Restart"] == "on-failure"
+    assert service["Type"] == "notify"
+    assert int(service["WatchdogSec"]) >= 6 * PERIOD_S  # it is told three times in that time, at least
+    assert service["Restart"] == "on-failure"  # which a watchdog's time-out is
     assert service["RestartPreventExitStatus"].split() == ["64", "65", "78"]
     assert service["User"] == "kinflow"
     assert "MemoryMax" in service
