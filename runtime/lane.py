@@ -24,6 +24,7 @@ QUEUE_BYTES = 64 * 1024  # what waits in front of a slow link, before the sender
 MAX_FLIGHT_BYTES = 4 * 1024 * 1024
 BURST_S = 0.005
 RTO_MIN_S, RTO_MAX_S = 0.2, 120.0
+RTO_FIRST_S = 1.0  # before any round trip has been measured
 
 
 def rto_s(rtt_s: float) -> float:
@@ -121,10 +122,12 @@ class DelayLine:
 class Lane:
     """One direction of one connection: a queue before the link, and what is on its way.
 
-    The bucket is the link's, and shared by its connections.
+    The bucket is the link's, and shared by its connections. A `fresh` lane is that of who opened the connection: its
+    first segment waits a round trip more, for the handshake.
     """
 
-    def __init__(self, bucket: TokenBucket, seed: int) -> None:
+    def __init__(self, bucket: TokenBucket, seed: int, *, fresh: bool = False) -> None:
+        self._fresh = fresh
         self._bucket = bucket
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
@@ -166,7 +169,7 @@ class Lane:
             return math.inf
         if self._stuck_s is not None:
             if self._resume_s is None:
-                self._resume_s = next_try_s(self._stuck_s, now_s, rto_s(rtt_s))
+                self._resume_s = next_try_s(self._stuck_s, now_s, RTO_FIRST_S if self._fresh else rto_s(rtt_s))
             if now_s < self._resume_s:
                 return self._resume_s
             self._stuck_s = self._resume_s = None
@@ -176,5 +179,6 @@ class Lane:
                 return now_s + self._bucket.wait_s(way.rate, size)
             segment = self._queue.popleft()
             self._queued_bytes -= len(segment)
-            self.line.push(now_s, segment, way, rtt_s)
+            self.line.push(now_s + (rtt_s if self._fresh else 0.0), segment, way, rtt_s)
+            self._fresh = False
         return math.inf

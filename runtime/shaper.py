@@ -46,6 +46,7 @@ class _Pair:
     def __init__(self, client: _End, broker: _End) -> None:
         self.client = client
         self.broker = broker
+        self.connected = False  # to the broker; only what has passed the link can connect there
         self.ways = ((client, broker, 0), (broker, client, 1))
 
 
@@ -165,6 +166,10 @@ class Shaper:
         return max(0.0, next_s - time.monotonic())
 
     def _move(self, pair: _Pair, now_s: float, phase: Phase, index: int) -> float:
+        if pair.client.ended and not pair.connected:
+            # On a real link its connection would not stand yet, and nothing of it would ever arrive.
+            self._drop(pair)
+            return 0.0
         next_s = math.inf
         rtt_s = phase.up.delay_s + phase.up.jitter_s + phase.down.delay_s + phase.down.jitter_s
         for source, sink, direction in pair.ways:
@@ -173,6 +178,10 @@ class Shaper:
             next_s = min(next_s, lane.pump(now_s, way, rtt_s))
             sink.blocked = False
             while (head := lane.line.head(now_s)) is not None:
+                if not pair.connected:
+                    pair.broker.sock.connect(self._target)
+                    pair.broker.sock.setblocking(False)
+                    pair.connected = True
                 if direction == 0 and self._cut is not None and len(head) > 1:
                     return self._cut_in(pair, head)
                 try:
@@ -206,6 +215,8 @@ class Shaper:
     def _watch(self, pair: _Pair, phase: Phase, rtt_s: float) -> None:
         """Ask to be told of what each side can do next: be read while its lane has room, be written while blocked."""
         for source, _, direction in pair.ways:
+            if direction and not pair.connected:
+                continue
             room = source.lane.room(phase.down if direction else phase.up, rtt_s)
             events = selectors.EVENT_READ if room and not source.ended else 0
             events |= selectors.EVENT_WRITE if source.blocked else 0
@@ -240,19 +251,13 @@ class Shaper:
             return
         broker = socket.socket()
         broker.settimeout(CONNECT_S)
-        try:
-            broker.connect(self._target)
-        except OSError:
-            broker.close()
-            _reset(client)
-            return
+        client.setblocking(False)
         self._accepted += 1
         ends = []
         for direction, sock in enumerate((client, broker)):
-            sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             seed = (self._scenario.seed << 32) + 2 * self._accepted + direction
-            ends.append(_End(sock, Lane(self._buckets[direction], seed)))
+            ends.append(_End(sock, Lane(self._buckets[direction], seed, fresh=direction == 0)))
         self._pairs.append(_Pair(*ends))
         if len(self._pairs) > MAX_CONNECTIONS:
             self._drop(self._pairs[0])

@@ -173,3 +173,17 @@ def test_nothing_passes_a_shut_link_and_what_waited_goes_on_at_its_next_try() ->
     (at_s, data), *rest = drive(lane, way, rtt_s, math.inf, again_s)
     assert (data, rest) == (b"late", [])
     assert at_s == pytest.approx(again_s + 0.1, abs=0.01)
+
+
+def test_who_opens_a_connection_waits_for_the_handshake_first() -> None:
+    way, rtt_s = Way(rate=1e6, delay_s=0.1), 0.2
+    lane = Lane(TokenBucket(), 0, fresh=True)
+    lane.put(b"first")
+    lane.put(b"second")
+    (first_s, first), (second_s, second) = drive(lane, way, rtt_s, math.inf)
+    assert (first, second) == (b"first", b"second")
+    assert first_s == pytest.approx(0.3, abs=0.01)
+    assert second_s == pytest.approx(first_s, abs=0.01)
+    lane.put(b"third")
+    ((third_s, _),) = drive(lane, way, rtt_s, math.inf, 10.0)
+    assert third_s == pytest.approx(10.1, abs=0.01)

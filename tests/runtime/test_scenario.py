@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -169,6 +170,12 @@ def test_the_shipped_scenarios_can_be_read(path: Path) -> None:
     found = scenario.load(path)
     assert found.title
     assert found.duration_s > 60
+
+
+def test_the_scenario_in_the_documentation_can_be_read() -> None:
+    text = (FOLDER.parent.parent / "docs" / "operations.md").read_text("utf-8")
+    (block,) = [part for part in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "[[phase]]" in part]
+    assert len(parse(block).kills) == 3
 
 
 def test_the_steps_are_those_of_the_contract() -> None:

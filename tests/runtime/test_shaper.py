@@ -210,6 +210,7 @@ def test_a_target_that_is_gone_resets_its_client(echo: Echo) -> None:
 def _resets(shaper: Shaper) -> bool:
     try:
         with connect(shaper) as sock:
+            sock.sendall(b"anybody there?")
             return sock.recv(1) == b""
     except ConnectionResetError:
         return True
@@ -217,9 +218,24 @@ def _resets(shaper: Shaper) -> bool:
 
 def test_half_open_connections_are_bounded(echo: Echo) -> None:
     before = threading.active_count()
-    with Shaper(echo.address, Scenario((phase(Way(rate=0.0)),))) as shaper:
-        for _ in range(MAX_CONNECTIONS + 5):
-            with connect(shaper) as sock:
-                sock.sendall(b"never arrives")
+    with contextlib.ExitStack() as stack:
+        shaper = stack.enter_context(Shaper(echo.address, Scenario((phase(Way(rate=0.0)),))))
+        socks = [stack.enter_context(connect(shaper)) for _ in range(MAX_CONNECTIONS + 5)]
         until(lambda: len(shaper._pairs) == MAX_CONNECTIONS)
+        with pytest.raises(ConnectionResetError):
+            socks[0].recv(1)
     until(lambda: threading.active_count() <= before)
+
+
+def test_nothing_of_a_connection_tried_in_vain_ever_arrives(echo: Echo) -> None:
+    scenario = Scenario((phase(Way(rate=0.0), 1e6), phase(OPEN, 1e6, 1e6)))
+    with Shaper(echo.address, scenario) as shaper:
+        for _ in range(3):
+            with connect(shaper) as sock:
+                sock.sendall(b"in vain")
+        until(lambda: shaper._accepted == 3 and not shaper._pairs)
+        shaper.begin(time.monotonic() - 1.5e6)
+        with connect(shaper) as sock:
+            sock.sendall(b"now")
+            assert read(sock, 3) == b"now"
+        assert echo.heard == [b"now"]
