@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 
 from runtime.errors import ConfigError
+from runtime.objective import Objective, problem
 from runtime.topics import valid_id
 
 if sys.version_info >= (3, 11):
@@ -120,6 +121,7 @@ class DeviceConfig(_Struct, frozen=True):
     gate_max_age_ms: Positive | None = None  # of a repeated answer; default: the bundle's, or 2000
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
+    objective: Objective | None = None  # given: the device plans what it sends, and whether (docs/planner.md)
     events: EventsConfig = EventsConfig()
     preview: PreviewConfig = PreviewConfig()
 
@@ -238,6 +240,9 @@ def _check(config: DeviceConfig | NodeConfig, name: str) -> None:
         gate = config.gate
         if gate not in ("auto", "off") and not (isinstance(gate, float) and 0 <= gate <= 255):
             raise ConfigError(f"{name}: gate: {gate!r} is none of auto, off or a number from 0 to 255")
+        wrong = None if config.objective is None else problem(config.objective)
+        if wrong is not None:
+            raise ConfigError(f"{name}: {wrong}")
         levels.update({f"camera.{camera}": camera for camera in config.camera})
     else:
         levels.update({"pool": config.pool} if config.pool is not None else {})

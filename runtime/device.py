@@ -10,25 +10,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from runtime import cascade, manifest
 from runtime.capture import Capture
-from runtime.codec import split_name
 from runtime.config import DeviceConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
-from runtime.errors import ConfigError
 from runtime.link import open_link
-from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
 from runtime.presence import Presence
 from runtime.preview import Previews
 from runtime.reply import Reply
-from runtime.segment import load_segments
+from runtime.steering import Course, Steering
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
 from runtime.variant import with_variant
@@ -53,6 +50,7 @@ class _Frame:
     features: Features  # what goes up, if it must
     outcome: cascade.Outcome | None  # of the local segments; None when they have not run
     timings: dict[str, float]
+    course: Course
 
 
 class Device:
@@ -70,16 +68,7 @@ class Device:
         self.counters = Counters()
         given = manifest.load(Path(config.bundle))
         self.bundle = bundle = with_variant(given, config.variant)
-        segments = len(bundle.manifest.segments)
-        last = bundle.manifest.tiers[0].last_segment if config.last_segment is None else config.last_segment
-        if last >= segments:
-            raise ConfigError(
-                f"last_segment: {last} is not one of the bundle's {segments} segments, 0 to {segments - 1}"
-            )
         self._tier_name = bundle.manifest.tiers[0].name
-        self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
-        cascade.warm_up(self._tier)
-        self._policy = ExitPolicy.of(bundle, early=config.early_exits, agreement=config.agreement)
         self._wake = threading.Event()
         self._captures = [Capture(name, camera, self.counters, self._wake) for name, camera in config.camera.items()]
         self._cameras = {name: index for index, name in enumerate(config.camera)}
@@ -91,33 +80,32 @@ class Device:
             will=(self._topics.availability, b"offline"),
             counters=self.counters,
         )
+        self._steering = Steering(config, given, self._link, self._topics, self.counters)
+        self._task = self._steering.plain.tier.task
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
-        self._watch = Watch(config, bundle, self._tier.task, self._link, self._topics, self.counters)
-        # A picture codec sends the frame itself, before any local segment has run.
-        cut = 0 if split_name(config.codec)[0] == "jpeg" else last + 1
-        self._variant = config.variant if cut > 0 else 0
-        self._promised = with_variant(given, self._variant)  # as nodes see what this device sends
-        self._agreements = ExitPolicy.of(
-            self._promised, early=config.early_exits, agreement=config.agreement
-        ).agreements
+        self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters)
         self._uplink: Uplink[_Frame] | None = None
-        if last + 1 < segments:
+        if self._steering.uplink is not None:
+            codec, cut = self._steering.uplink
             self._uplink = Uplink(
                 self._link,
                 self._topics,
                 bundle,
-                codec=config.codec,
+                codec=codec,
                 cut=cut,
                 max_in_flight=config.max_in_flight,
                 counters=self.counters,
                 on_reply=self._replied,
                 between_frames=config.between_frames,
+                on_late=lambda sent: self._steering.replied(sent.sent_ns, None, late=True),
             )
+            for way in self._steering.ways:
+                self._uplink.prepare(way)
         told = {
             "bundle": bundle.id,
             "session": None if self._uplink is None else self._uplink.session,
             "cameras": list(config.camera),
-            "last_segment": last,
+            "last_segment": self._steering.last,
             "codec": config.codec,
             "variant": config.variant,
         }
@@ -142,6 +130,7 @@ class Device:
             while not stop.is_set() and self._fault is None:
                 self._wake.clear()
                 self._expire()
+                self._steering.tick()
                 self._presence.tell(self._statuses())
                 self._watchdog.tend()
                 stepped = [self._step(capture) for capture in self._captures]
@@ -183,65 +172,104 @@ class Device:
         seen = (frame.camera, frame.index, frame.captured_ns, frame.pixels.shape[:2])
         known = self._watch.look(frame, features, timings)
         if known is not None:
-            self._answer(_Frame(*seen, features, None, timings), known.said, repeats=known.frame, degraded=frame.flaw)
+            repeated = _Frame(*seen, features, None, timings, self._steering.plain)
+            self._answer(repeated, known.said, repeats=known.frame, degraded=frame.flaw)
             return True
+        if not self._steering.computes():
+            self._drop(_Frame(*seen, features, None, timings, self._steering.plain), "gate only")
+            return True
+        course = self._steering.course()
         if frame.flaw is not None:  # not worth the link
-            self._answer_locally(_Frame(*seen, features, None, timings), frame.flaw)
+            self._answer_locally(_Frame(*seen, features, None, timings, course), frame.flaw)
             return True
-        if self._uplink is not None and self._uplink.way.cut == 0:
-            self._offload(_Frame(*seen, features, None, timings))
-            return True
-        outcome = cascade.run([features], self._tier, self._policy)[0]
-        timings.update(outcome.timings)
-        for cut in outcome.withheld:
-            self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
-        rest = outcome.features or features
-        taken = _Frame(*seen, rest, outcome, timings)
-        if outcome.answer is None:
-            self._offload(taken)
+        aside = self._steering.aside()
+        if aside is not None and aside.copy:
+            self._send(self._compute(_Frame(*seen, features, None, {}, aside)))
+        elif aside is not None:
+            course = aside
+        taken = self._compute(_Frame(*seen, features, None, timings, course))
+        if taken.outcome is not None and taken.outcome.answer is not None:
+            self._answer(taken, taken.outcome.answer)
         else:
-            self._answer(taken, outcome.answer)
+            self._offload(taken)
         return True
 
+    def _compute(self, frame: _Frame) -> _Frame:
+        """Run the local segments of a frame's course."""
+        course = frame.course
+        if course.whole:
+            return frame
+        outcome = cascade.run([frame.features], course.tier, course.policy)[0]
+        frame.timings.update(outcome.timings)
+        self._steering.worked(course, frame.timings)
+        for cut in outcome.withheld:
+            self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
+        return replace(frame, features=outcome.features or frame.features, outcome=outcome)
+
     def _offload(self, frame: _Frame) -> None:
-        """Hand a frame up the link; where that cannot be, answer it here."""
-        sent: Sent[_Frame] | str = "no uplink"
-        if self._uplink is not None:
-            sent = self._uplink.send(
-                frame.features,
-                frame,
-                born_ns=frame.captured_ns,
-                deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
-                camera=self._cameras[frame.camera],
-                variant=self._variant,
-            )
+        """Hand a frame up the link; where that cannot be, or would be in vain, answer it here."""
+        if frame.course.local is not None:
+            sent: Sent[_Frame] | str = frame.course.local
+        elif not frame.course.only and self._steering.too_late(frame.captured_ns):
+            sent = "late"
+        else:
+            sent = self._send(frame)
         if isinstance(sent, str):
             self._answer_locally(frame, sent)
+
+    def _send(self, frame: _Frame) -> Sent[_Frame] | str:
+        course = frame.course
+        if self._uplink is None:
+            return "no uplink"
+        if frame.outcome is not None and frame.outcome.answer is not None:
+            return "answered"  # a copy that has nothing left to go up
+        sent = self._uplink.send(
+            frame.features,
+            frame,
+            born_ns=frame.captured_ns,
+            deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
+            camera=self._cameras[frame.camera],
+            variant=course.sent_variant,
+            way=course.way,
+            alone=course.only,
+            before=self._steering.sent,
+        )
+        if sent == "link":
+            self._steering.withdrawn()
+        return sent
 
     def _replied(self, sent: Sent[_Frame], said: Reply | str) -> None:
         """Take a node's word, on the link's thread."""
         frame = sent.context
+        self._steering.replied(sent.sent_ns, None if isinstance(said, str) else said.timings)
+        if frame.course.copy:
+            return  # it has its answer; this word was for the planner
         if isinstance(said, str):
             self._answer_locally(frame, f"refused: {said}", sent)
         else:
             above_ms = (time.monotonic_ns() - sent.sent_ns) / 1e6
             frame.timings.update(said.timings, network=above_ms - sum(said.timings.values()))
-            answer = self._tier.task.decode(said.answer)
+            answer = self._task.decode(said.answer)
+            self._steering.compare(frame.course, frame.outcome, answer)
             output = ExitOutput(exit=said.exit, confidence=said.confidence, answer=answer)
             self._answer(frame, output, sent, tier=said.tier, degraded=said.degraded)
         self._wake.set()
 
     def _answer_locally(self, frame: _Frame, reason: str, sent: Sent[_Frame] | None = None) -> None:
         """Answer from the best local exit, flagged with why nothing better came."""
-        outcome = frame.outcome or cascade.run([frame.features], self._tier, self._policy)[0]
-        best = cascade.last_word(outcome, self._tier)
+        tier = frame.course.tier
+        outcome = frame.outcome or cascade.run([frame.features], tier, frame.course.policy)[0]
+        best = cascade.last_word(outcome, tier)
         frame.timings.update(outcome.timings)
         if best is None:
-            self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
-            self._watch.dropped(frame.camera, frame.captured_ns)
-            self._tell(Dropped(frame.camera, frame.index, reason))
+            self._drop(frame, reason)
         else:
             self._answer(frame, best, sent, degraded=reason)
+
+    def _drop(self, frame: _Frame, reason: str) -> None:
+        self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
+        self._watch.dropped(frame.camera, frame.captured_ns)
+        self._tell(Dropped(frame.camera, frame.index, reason))
 
     def _answer(
         self,
@@ -253,7 +281,7 @@ class Device:
         degraded: str | None = None,
         repeats: int | None = None,
     ) -> None:
-        task = self._tier.task
+        task, course, kept = self._task, frame.course, self._watch.kept
         timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
         result = Result(
             camera=frame.camera,
@@ -264,14 +292,14 @@ class Device:
             answer=task.told(said.answer, *frame.size),
             tier=tier or self._tier_name,
             exit=said.exit,
-            agreement=None if degraded is not None else self._agreement(said.exit, repeats),
+            agreement=None if degraded is not None else course.agreement(said.exit) if repeats is None else kept,
             codec=None if sent is None else sent.way.codec,
             cut=None if sent is None else sent.way.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
             age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
             timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
             degraded=degraded,
-            variant=0 if repeats is not None else self._config.variant if tier is None else self._variant,
+            variant=0 if repeats is not None else course.variant if tier is None else course.sent_variant,
             repeats=repeats,
         )
         how = result.exit if repeats is None else "repeat"
@@ -284,15 +312,6 @@ class Device:
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
             self.counters.add("results_unpublished_total", camera=result.camera)
         self._watch.answered(result, said, frame.captured_ns)
-
-    def _agreement(self, cut: int, repeats: int | None) -> float | None:
-        """What an exit was fitted to keep; for the model's own exit what was measured, as nothing was fitted there."""
-        if repeats is not None:
-            return self._watch.kept
-        spec = self._promised.exit_at(cut)
-        if spec is None or spec.file is not None:
-            return self._agreements.get(cut)
-        return spec.agreement if spec.measured is None else spec.measured.agreement
 
     def _tell(self, result: Result | Dropped) -> None:
         if self._on_result is None or self._fault is not None:
@@ -307,7 +326,9 @@ class Device:
         """Answer the frames whose budget has ended."""
         if self._uplink is not None:
             for sent in self._uplink.expire(time.monotonic_ns()):
-                self._answer_locally(sent.context, "deadline", sent)
+                self._steering.missed(sent.sent_ns)
+                if not sent.context.course.copy:
+                    self._answer_locally(sent.context, "deadline", sent)
 
     def _statuses(self) -> list[tuple[str, str]]:
         return [(capture.name, capture.status) for capture in self._captures]
@@ -322,7 +343,8 @@ class Device:
             self._wake.clear()
             self._wake.wait(0.05)
         for sent in self._uplink.drain() if self._uplink is not None else []:
-            self._answer_locally(sent.context, "stopping", sent)
+            if not sent.context.course.copy:
+                self._answer_locally(sent.context, "stopping", sent)
         self._watch.close()
         self._presence.leave(self._statuses())
         self._link.close()

@@ -95,6 +95,10 @@ class Pilot:
             means.append(size / usual[0])
             larges.add(size / usual[1], now_ns)
 
+    def withdrawn(self) -> None:
+        """What was said to go up last did not."""
+        self._flying.popitem()
+
     def replied(self, sent_ns: int, now_ns: int, timings: Mapping[str, float] | None, *, late: bool = False) -> None:
         """A word came for the frame that went up at `sent_ns`; without timings it was a refusal."""
         frame = self._flying.pop(sent_ns, None)

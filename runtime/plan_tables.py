@@ -121,7 +121,7 @@ class Tables:
             self._add(Candidate(0, -1, None, rate.way, rate.parameter), rate, (0.0, 0.0))
         for number in variants:
             for last in range(min(deepest, len(manifest.segments) - 1) + 1):
-                for row in table:
+                for row in _different(seen[number], last, table):
                     exits = answered(seen[number], last, row)
                     if any(spec.cut <= last + 1 for spec in seen[number]):
                         self._add(Candidate(number, last, row, None), NOTHING, exits)
@@ -249,6 +249,15 @@ class Tables:
 def encode_stage(way: Way) -> str:
     """The name under which the time of encoding is kept."""
     return f"encode{way.cut}.{way.codec}"
+
+
+def _different(exits: Sequence[ExitSpec], last: int, table: Sequence[float | None]) -> list[float | None]:
+    """The rows that differ in what the exits up to segment `last` answer."""
+    found: dict[tuple[float | None, ...], float | None] = {}
+    for row in table:
+        here = [spec for spec in exits[:-1] if spec.cut <= last + 1]
+        found.setdefault(tuple(None if row is None else threshold(spec, row) for spec in here), row)
+    return list(found.values())
 
 
 def _stages(candidate: Candidate, exits: Sequence[ExitSpec]) -> set[str]:

@@ -50,6 +50,11 @@ class Subtree:
         """Packets of kind RESULT and REFUSAL, for the sender of a request."""
         return f"{self}/res"
 
+    @property
+    def plan(self) -> str:
+        """Retained JSON: how a device that plans treats frames now, and why."""
+        return f"{self}/plan"
+
     def request(self, key8: str, cut: int) -> str:
         """Packets of kind FEATURES."""
         return f"{self}/req/{key8}/{cut}"

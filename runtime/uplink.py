@@ -135,6 +135,7 @@ class Uplink(Generic[Context]):
         variant: int = 0,
         way: Way | None = None,
         alone: bool = False,
+        before: Callable[[Sent[Context]], None] | None = None,
     ) -> Sent[Context] | str:
         """Encode and send features (1, …).
 
@@ -148,6 +149,7 @@ class Uplink(Generic[Context]):
             variant: of the first segment, that made the features.
             way: cut, codec and rate from now on, `prepare`d; None: as the last ones.
             alone: whether `way` holds for this frame only, which stands alone.
+            before: called with what goes up just before it does, as no answer may overtake that.
 
         Returns:
             What was sent, or the reason why it was not: `offline`, `busy`, `deadline`, `oversize` or `link`.
@@ -158,10 +160,15 @@ class Uplink(Generic[Context]):
             return "busy"
         way = way or self._encoder.way
         sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin, variant, way, alone))
-        problem = self._dispatch(sent)
+        problem = self._dispatch(sent, before=before)
         return sent if problem in ("", "gone") else problem
 
-    def _dispatch(self, sent: Sent[Context], again: int | None = None) -> str:
+    def _dispatch(
+        self,
+        sent: Sent[Context],
+        again: int | None = None,
+        before: Callable[[Sent[Context]], None] | None = None,
+    ) -> str:
         """Encode and publish a frame; `again` is the sequence number under which it waits until it has a new one.
 
         Returns:
@@ -208,6 +215,8 @@ class Uplink(Generic[Context]):
             sent.bytes_up += expected_bytes
             sent.against = coded.reference is not None
             self._waiting[coded.sequence] = sent
+        if before is not None:
+            before(sent)
         bytes_up = self._link.publish(topic, data)
         sent.bytes_up += bytes_up - expected_bytes
         if bytes_up == 0:

@@ -53,6 +53,7 @@ LAYERS = (
         "references",
         "coding",
         "uplink",
+        "steering",
         "broker",
         "presence",
         "preview",

@@ -43,7 +43,7 @@ def test_every_table_is_read() -> None:
 
 DEVICE_KEYS = (
     "agreement, between_frames, broker, budget_ms, bundle, camera, codec, early_exits, events, gate, "
-    "gate_max_age_ms, id, last_segment, max_in_flight, preview, site, stats_interval_s, threads"
+    "gate_max_age_ms, id, last_segment, max_in_flight, objective, preview, site, stats_interval_s, threads"
 )
 ID_RULE = "must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
 WRONG: list[tuple[type[Any], str, str]] = [
@@ -88,7 +88,7 @@ WRONG: list[tuple[type[Any], str, str]] = [
     (
         DEVICE,
         LEAST + '[camera.front]\nkind = "a\\nb"',
-        "camera.front.kind: invalid enum value 'a\\nb'; choose one of opencv, replay",
+        "camera.front.kind: invalid enum value 'a\\nb'; choose one of opencv, rpicam, pipe, replay",
     ),
     (NODE, "serves = 'cats'\n" + LEAST, "serves: invalid enum value 'cats'; choose one of devices, nodes"),
     (DEVICE, "bundle = 'kin'", "broker: missing"),
