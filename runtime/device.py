@@ -1,7 +1,6 @@
 """The device tier: camera → preprocess → cascade → answer, or features up the link. Latest frame wins.
 
-Every frame that is taken from a camera ends in exactly one of two places: `_answer`, or `_drop` with a reason that
-is counted.
+Every frame that is taken from a camera ends in exactly one of `_answer` and `_drop`, which counts the reason.
 """
 
 from __future__ import annotations
@@ -283,6 +282,8 @@ class Device:
     ) -> None:
         task, course, kept = self._task, frame.course, self._watch.kept
         timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
+        age_ms = (time.monotonic_ns() - frame.captured_ns) / 1e6
+        degraded = degraded or ("deadline" if age_ms > self._config.budget_ms else None)
         result = Result(
             camera=frame.camera,
             frame=frame.index,
@@ -296,7 +297,7 @@ class Device:
             codec=None if sent is None else sent.way.codec,
             cut=None if sent is None else sent.way.cut,
             bytes_up=0 if sent is None else sent.bytes_up,
-            age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
+            age_ms=age_ms,
             timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
             degraded=degraded,
             variant=0 if repeats is not None else course.variant if tier is None else course.sent_variant,
@@ -304,9 +305,8 @@ class Device:
         )
         how = result.exit if repeats is None else "repeat"
         self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=how)
-        if degraded is not None:
-            # What a node says is its own; only the reasons of this device are names to count by.
-            reason = "above" if tier is not None else degraded.split(":")[0]
+        if degraded is not None:  # counted by the device's own reasons; what a node says may be anything
+            reason = degraded.split(":")[0] if tier is None or degraded == "deadline" else "above"
             self.counters.add("results_degraded_total", camera=result.camera, reason=reason)
         self._tell(result)
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_nobody_above_and_the_budget_ends(shared_bundle: Path, photos: Path, mem
     assert all((result.tier, result.exit, result.agreement) == ("device", 1, None) for result in results)
     assert all(45 <= result.age_ms < 1000 for result in results)
     assert counters['results_degraded_total{camera="front",reason="deadline"}'] == 6
+
+
+def test_an_answer_older_than_the_budget_is_never_told_as_fresh(
+    shared_bundle: Path, photos: Path, memory_broker: BrokerConfig
+) -> None:
+    lines: list[LineOf] = []
+
+    def slow(line: LineOf) -> None:
+        lines.append(line)
+        time.sleep(0.05)  # meanwhile the next frame is grabbed, and gets old
+
+    config = DeviceConfig(
+        bundle=str(shared_bundle),
+        broker=memory_broker,
+        id="cam",
+        last_segment=2,
+        budget_ms=30,
+        camera=replay(photos, frames=6),
+    )
+    Device(config, slow).run(threading.Event())
+    results = [line for line in lines if isinstance(line, Result)]
+    assert len(results) == 6
+    assert all((result.degraded == "deadline") == (result.age_ms > 30) for result in results)
+    assert sum(result.degraded == "deadline" and result.agreement is None for result in results) >= 4
 
 
 def test_no_broker_and_the_device_still_answers(
