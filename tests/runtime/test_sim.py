@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runtime import manifest
+from runtime import cli, manifest
 from runtime.config import CameraConfig
 from runtime.datatypes import Dropped, ExitOutput, Result
 from runtime.sim import run
@@ -162,8 +162,6 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
     typo.write_text('bundel = "x"\n[broker]\nhost = "h"\n')
     wrong = tmp_path / "wrong.toml"
     wrong.write_text('bundle = "x"\n[broker]\nhost = "h"\nport = "1883"\n')
-    kills = tmp_path / "kills.toml"
-    kills.write_text(SCENARIO)
     cases: list[tuple[list[str | Path], int, str]] = [
         (["sim", tiny_bundle, "--source", photos], os.EX_DATAERR, "exits/1.onnx is missing from the bundle"),
         (["sim", tmp_path, "--source", photos], os.EX_DATAERR, "is not a bundle"),
@@ -171,24 +169,6 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
         (["sim", shared_bundle, "--source", photos, "--tiers", "cloud"], os.EX_CONFIG, "choose device"),
         (["sim", shared_bundle, "--source", photos, "--codec", "gif", "--tiers", "device,edge"], os.EX_CONFIG, "gif"),
         (["sim", shared_bundle, "--source", photos, "--broker", "here"], os.EX_CONFIG, "HOST:PORT"),
-        (["sim", shared_bundle, "--source", photos, "--rate", "fast"], os.EX_CONFIG, "'fast' is no rate"),
-        (["sim", shared_bundle, "--source", photos, "--rate", "1mbit", "--fast"], os.EX_CONFIG, "leave out --fast"),
-        (["sim", shared_bundle, "--source", photos, "--scenario", typo], os.EX_CONFIG, "bundel: unknown key"),
-        (
-            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--tiers", "device"],
-            os.EX_CONFIG,
-            "edge node",
-        ),
-        (
-            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--loss", "1%"],
-            os.EX_CONFIG,
-            "leave them or",
-        ),
-        (
-            ["sim", shared_bundle, "--source", photos, "--scenario", kills, "--broker", "127.0.0.1:1"],
-            os.EX_CONFIG,
-            "the scenario kills the broker",
-        ),
         (["sim", shared_bundle, "--source", photos, "--variant", "1"], os.EX_CONFIG, "variant: 1 is not in the bundle"),
         (["device", "--config", typo], os.EX_CONFIG, "bundel: unknown key; did you mean bundle?"),
         (["device", "--config", wrong], os.EX_CONFIG, "broker.port: expected `int`"),
@@ -202,6 +182,36 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
         assert words in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
         assert done.stderr.count("rror: ") <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rate", "fast"], "rate: 'fast' is no rate"),
+        (["--rate", "1mbit", "--fast"], "leave out --fast"),
+        (["--scenario", "typo.toml"], "phaze: unknown key; did you mean phase?"),
+        (["--scenario", "none.toml"], "none.toml cannot be read"),
+        (["--scenario", "kills.toml", "--tiers", "device"], "kills the edge node, which does not run"),
+        (["--scenario", "kills.toml", "--loss", "1%"], "leave them or --scenario out"),
+        (["--scenario", "kills.toml", "--broker", "127.0.0.1:1"], "the scenario kills the broker"),
+        (["--broker", "no/such/mosquitto"], "or give the path of a Mosquitto"),
+    ],
+)
+def test_wrong_scenarios_are_told_before_anything_starts(
+    shared_bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: str,
+) -> None:
+    (tmp_path / "kills.toml").write_text(SCENARIO)
+    (tmp_path / "typo.toml").write_text('[[phaze]]\nduration = "1s"\n')
+    monkeypatch.chdir(tmp_path)
+    code = cli.run(["sim", str(shared_bundle), "--source", str(photos), *options])
+    assert code == os.EX_CONFIG
+    assert words in capsys.readouterr().err
 
 
 def test_help_is_quick_and_names_every_command() -> None:
