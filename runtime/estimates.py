@@ -25,6 +25,7 @@ APART = 1.3  # ratio of two sizes that are apart
 CONTRADICTIONS = 3
 CONTRADICTS_RATIO, CONTRADICTS_MS = 0.5, 15.0  # of a frame's own transfer, and beside it
 LEAST_MS = 1.0  # below this a transfer cannot be told from noise, so goodput is known to be at least so much
+NOISE_MS = 20.0  # a transfer shorter than this, and than how late frames are at times, is not told by one frame
 OUTCOMES = 50
 MISSES_LOST = 2  # frames in a row without a word from above after which the link counts as lost
 
@@ -173,6 +174,8 @@ class LinkEstimator:
         )
 
     def _hear(self, sent_ns: int, now_ns: int) -> None:
+        if self._misses >= MISSES_LOST:  # that was an outage; it says nothing of how many frames get lost else
+            self._outcomes.clear()
         self._record(sent_ns, answered=True)
         self._heard_ns = now_ns if self._heard_ns is None else max(self._heard_ns, now_ns)
         self._misses = 0
@@ -226,7 +229,13 @@ class LinkEstimator:
             if free is not None and 2 * free.spread <= max(free.ms_per_byte, ms_per_byte):
                 rtt_ms, ms_per_byte = free.rtt_ms, free.ms_per_byte
                 self._fitted_ns = now_ns
-        largest = max(sample.size for sample in self._samples)
+        over = sorted((max(LEAST_MS, sample.ms - rtt_ms), sample.size) for sample in self._samples)
+        late_ms = over[min(len(over) - 1, int(0.9 * len(over)))][0]
+        if _median([float(size) for _, size in over]) * ms_per_byte <= min(late_ms, NOISE_MS):
+            # Transfers drown in noise, so the link is at least as fast as the luckier frames say.
+            lucky = sorted(ms / size for ms, size in over)
+            ms_per_byte = min(ms_per_byte, lucky[len(lucky) // 4])
+        largest = max(size for _, size in over)
         self._rtt_ms, self._ms_per_byte = rtt_ms, max(ms_per_byte, LEAST_MS / largest)
 
     def _fit_sizes(self) -> _Fit | None:

@@ -84,6 +84,9 @@ class Ladder:
                 self._recent.clear()
             self._seen_ns, self._reason = now_ns, reason
         elif wanted < self._rung and (self._rung == LOCAL or now_ns - self._seen_ns >= self._calm_ms * 1e6):
+            if self._rung == LOCAL:
+                self._recent.clear()  # what was late then is no news
+                wanted = FULL
             # The link says at once that it is back; all else has to stay away for a while, rung by rung.
             self._rung = wanted if self._rung >= LOCAL else self._rung - 1
             self._seen_ns = now_ns

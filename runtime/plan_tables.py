@@ -176,7 +176,7 @@ class Tables:
         if not limits.sends:
             found &= ~self._sends
         if limits.max_bytes < math.inf:
-            found &= said.bytes <= limits.max_bytes
+            found &= said.bytes <= max(limits.max_bytes, said.bytes[self._sends].min(initial=math.inf) + 1e-6)
         if limits.deepest:
             found &= (self._lasts == self._lasts[self._sends].max(initial=-1)) | ~self._sends
         if limits.fastest:

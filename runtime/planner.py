@@ -140,9 +140,7 @@ def probe(
     if found.way is None or levels[index] > levels[here]:
         return None
     better_there = levels[index] < levels[here] or _gains(said, here, index, int(levels[here]), objective)
-    # Only what can be sent from where the device stands: a probe is one frame of the run as it is.
-    same = (found.variant, found.last_segment) == (current.candidate.variant, current.candidate.last_segment)
-    return found if better_there and same and found.way != current.candidate.way else None
+    return found if better_there and found.way != current.candidate.way else None
 
 
 def careful(known: Estimates) -> Estimates:
