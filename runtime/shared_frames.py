@@ -123,7 +123,12 @@ class Reader:
             OSError: this side was closed.
         """
         self._channel.settimeout(timeout_s)
-        data = self._channel.recv(MAX_MESSAGE_BYTES)
+        try:
+            data = self._channel.recv(MAX_MESSAGE_BYTES)
+        except ConnectionResetError:
+            # Told first, and once, when the writer went without having read all that was given back; what it had said
+            # before comes after that.
+            data = self._channel.recv(MAX_MESSAGE_BYTES)
         return msgspec.msgpack.decode(data, type=Message) if data else None
 
     def pixels(self, laid: Laid) -> Pixels:

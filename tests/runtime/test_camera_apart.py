@@ -23,7 +23,7 @@ from runtime.capture import Capture
 from runtime.config import CameraConfig
 from runtime.counters import Counters
 from runtime.errors import CameraError, ConfigError
-from runtime.shared_frames import PLACES, Laid, Reader, Writer
+from runtime.shared_frames import PLACES, Failed, Laid, Reader, Writer
 
 
 def until(holds: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -100,6 +100,22 @@ def test_a_smaller_picture_fits_and_a_larger_one_is_refused(shared: tuple[Writer
     with pytest.raises(CameraError, match="grown to 400x300") as caught:
         writer.place(300, 400)
     assert caught.value.reason == "resized"
+
+
+def test_the_last_word_of_a_writer_that_has_gone_is_heard() -> None:
+    """Even if it did not read what was given back to it, for which the kernel resets the connection."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory_fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    writer, reader = Writer(theirs, memory_fd), Reader(ours, memory_fd)
+    lay(writer, 7)
+    laid = reader.receive(1)
+    assert isinstance(laid, Laid)
+    reader.pixels(laid)  # given back at once
+    writer.send(Failed("the last word", "broken"))
+    theirs.close()
+    assert reader.receive(1) == Failed("the last word", "broken")
+    assert reader.receive(1) is None
+    reader.close()
 
 
 def test_pictures_outlive_both_sides() -> None:
