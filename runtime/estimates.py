@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 MEMORY_NS = 4_000_000_000  # of frames in the fit of a link
 FLOOR_NS = 60_000_000_000  # of the shortest round trip
+FITTED_NS = 10_000_000_000  # of a round trip that sizes told
 SAMPLES = 24
 PAIRS = 6  # of frames with sizes apart, fewer do not tell a slope
 APART = 1.3  # ratio of two sizes that are apart
@@ -210,7 +211,7 @@ class LinkEstimator:
     def _fit(self, now_ns: int) -> None:
         """Part the times of recent frames in a round trip and a time for each byte."""
         known_ms = self._floors[0][1] if self._floors else math.inf
-        if self._rtt_ms is not None and (now_ns - self._fitted_ns < FLOOR_NS or not self._floors):
+        if self._rtt_ms is not None and (now_ns - self._fitted_ns < FITTED_NS or not self._floors):
             known_ms = min(known_ms, self._rtt_ms)
         free = self._fit_sizes()
         waited = [(sample.gap_ms, sample.size) for sample in self._samples if sample.gap_ms is not None]
@@ -218,7 +219,8 @@ class LinkEstimator:
         if len(waited) >= CONTRADICTIONS or not rest:
             ms_per_byte = _median([gap_ms / size for gap_ms, size in waited])
             unlike_ms = _median([abs(gap_ms - size * ms_per_byte) for gap_ms, size in waited])
-            rtt_ms = min([known_ms, *(max(0.0, sample.ms - sample.size * ms_per_byte) for sample in rest)])
+            # Gaps alone do not lower the round trip: were it taken for shorter, ever more frames would seem to wait.
+            rtt_ms = known_ms
             if free is not None and free.unlike_ms <= unlike_ms:  # no queue, but a longer way
                 rtt_ms, ms_per_byte = free.rtt_ms, free.ms_per_byte
                 self._fitted_ns = now_ns

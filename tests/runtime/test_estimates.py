@@ -104,7 +104,7 @@ def test_a_longer_way_is_not_taken_for_a_narrower_one_where_sizes_differ() -> No
     assert known.rtt_ms == pytest.approx(350, rel=0.1)
 
 
-@given(st.integers(0, 23), st.floats(300, 20_000))
+@given(st.integers(0, 23), st.floats(300, 3_000))
 def test_one_straggler_changes_little(place: int, extra_ms: float) -> None:
     link, pipe = LinkEstimator(), Pipe(100e3, 50)
     answers = []
