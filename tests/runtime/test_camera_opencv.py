@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime.camera import open_camera
-from runtime.camera_opencv import OpencvCamera, redacted
+from runtime.camera import open_camera, redacted
+from runtime.camera_opencv import OpencvCamera
 from runtime.config import CameraConfig
 from runtime.errors import CameraError, ConfigError
 
