@@ -16,7 +16,7 @@ import zstandard
 from runtime.datatypes import Tensor
 from runtime.errors import ConfigError, PacketError
 from runtime.levels import Levels
-from runtime.manifest import Bundle, CutSpec
+from runtime.manifest import Bundle, CodecSpec, CutSpec
 
 CODECS = {"raw": 1, "jpeg": 2, "transform": 3}  # name → id on the wire; ids are never used again for something else
 JPEG_HEADERS_BYTES = 4096  # more than all tables of a JPEG take
@@ -160,7 +160,9 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-AUTO = "auto"  # in a config: transform at its middle rate where the bundle has it, else raw
+AUTO = "auto"  # in a config: transform where the bundle has it, else raw
+# Of agreement: what the rate in force may cost where none was asked for.
+LITTLE = 0.02
 
 
 def split_name(text: str) -> tuple[str, int | None]:
@@ -193,7 +195,7 @@ def find_rate(bundle: Bundle, cut: int, text: str) -> tuple[str, int]:
         if spec.name != name:
             continue
         if parameter is None:
-            return name, len(spec.rates) // 2
+            return name, _usual_rate(bundle, spec)
         for rate, known in enumerate(spec.rates):
             if known.parameter == parameter:
                 return name, rate
@@ -201,6 +203,15 @@ def find_rate(bundle: Bundle, cut: int, text: str) -> tuple[str, int]:
         raise ConfigError(f"codec {text!r} is not in the bundle; it has {choices}")
     choices = ", ".join(spec.name for spec in bundle.manifest.cuts[cut].codecs) or "none"
     raise ConfigError(f"codec {name!r} does not work at cut {cut}; the bundle has {choices} there")
+
+
+def _usual_rate(bundle: Bundle, spec: CodecSpec) -> int:
+    """The coarsest rate that was measured to cost little, else the finest; the middle one where nothing was measured."""
+    measured = [rate.agreement for rate in spec.rates]
+    least = bundle.manifest.proof.get("whole_agreement", 1.0) - LITTLE
+    if any(agreement is None for agreement in measured):
+        return len(spec.rates) // 2
+    return next((rate for rate, agreement in enumerate(measured) if (agreement or 0.0) >= least), len(measured) - 1)
 
 
 class Codecs:

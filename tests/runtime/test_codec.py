@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from runtime import manifest
 from runtime.codec import CODECS, Codec, Codecs, JpegCodec, RawCodec, find_rate, jpeg_size, split_name
 from runtime.datatypes import Tensor
 from runtime.errors import ConfigError, PacketError
-from runtime.manifest import Bundle, CutSpec
+from runtime.manifest import Bundle, CodecSpec, CutSpec, RateSpec
 
 BYTES = CutSpec(after="", tensor="", shape=(4, 8, 8), dtype="uint8")
 FLOATS = CutSpec(after="", tensor="", shape=(3, 5, 7), dtype="float32")
@@ -388,3 +389,26 @@ def test_a_codec_that_this_kinflow_does_not_know_is_refused_by_packet_error(bund
     assert isinstance(codecs.get(1, CODECS["raw"], 0), RawCodec)
     with pytest.raises(PacketError):
         codecs.get(1, 99, 0)
+
+
+@pytest.mark.parametrize(
+    ("measured", "whole", "rate"),
+    [
+        ((0.7, 0.93, 0.97), 0.98, 2),
+        ((0.7, 0.96, 0.97), 0.98, 1),
+        ((0.7, 0.86, 0.87), 0.88, 1),
+        ((0.5, 0.6, 0.7), 0.98, 2),
+        ((None, None, None), 0.98, 1),
+    ],
+)
+def test_the_usual_rate_is_the_coarsest_that_costs_little(
+    shared_bundle: Path, measured: tuple[float | None, ...], whole: float, rate: int
+) -> None:
+    bundle = manifest.load(shared_bundle)
+    rates = tuple(
+        RateSpec(parameter=parameter, agreement=value) for parameter, value in zip((50, 75, 90), measured, strict=True)
+    )
+    first, *rest = bundle.manifest.cuts
+    first = msgspec.structs.replace(first, codecs=(CodecSpec(name="jpeg", rates=rates),))
+    made = msgspec.structs.replace(bundle.manifest, cuts=(first, *rest), proof={"whole_agreement": whole})
+    assert find_rate(dataclasses.replace(bundle, manifest=made), 0, "jpeg") == ("jpeg", rate)
