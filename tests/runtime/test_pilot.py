@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from runtime.objective import Objective
+from runtime.pilot import Pilot
+from runtime.plan_rates import Way
+from runtime.plan_tables import Tables
+from runtime.thermals import Board
+from tests.planner_bundle import planned
+
+MS = 1_000_000
+STAGES = {"preprocess": 2.0, "segment0": 20.0, "segment0.v1": 14.0, "segment1": 20.0, "exit1": 0.5, "exit2": 0.5}
+NODE = {"edge.decode": 4.0, "edge.segment2": 18.0}
+WAY = Way(2, "transform", 3)
+
+
+def pilot(**limits: float) -> Pilot:
+    tables = Tables(planned(exits=False), overhead_bytes=60, deepest=1, above=2, rows=())
+    return Pilot(tables, Objective(**({"latency_p95_ms": 400.0} | limits)), budget_ms=2000, stage_ms=STAGES)  # type: ignore[arg-type]
+
+
+def talk(flown: Pilot, start_ms: int, frames: int, *, goodput: float = 1e6, size: int = 1000, gap_ms: int = 100) -> int:
+    """Send frames one after the other and answer each. Returns when the last answer came, in ms."""
+    at = start_ms
+    for number in range(frames):
+        sent = (start_ms + number * gap_ms) * MS
+        took = size + 300 * (number % 4)
+        back = sent + round((took / goodput * 1000 + 100 + 22) * MS)
+        flown.taken(sent)
+        flown.sent(sent, took, WAY, encode_ms=3.0)
+        flown.replied(sent, back, NODE)
+        flown.step(back)
+        at = back // MS
+    return at
+
+
+def test_a_frame_that_would_be_late_is_told_before_it_goes_up() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    assert not flown.too_late(now * MS, (now - 30) * MS)
+    assert flown.too_late(now * MS, (now - 300) * MS)
+    # What is still in the pipe has to pass first.
+    assert flown.arrival_ms(now * MS, now * MS) < 200
+    flown.sent((now + 1) * MS, 400_000, WAY, encode_ms=3.0)
+    assert flown.too_late((now + 2) * MS, (now + 2) * MS)
+    flown.withdrawn()
+    assert not flown.too_late((now + 2) * MS, (now + 2) * MS)
+
+
+def test_silence_loses_the_link_and_probes_go_out_at_growing_distances_until_a_word_comes() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 5)
+    for extra in (1, 2):
+        flown.sent((now + extra) * MS, 1000, WAY, encode_ms=3.0)
+        flown.missed((now + extra) * MS, (now + 400 + extra) * MS)
+    assert flown.step((now + 500) * MS)
+    assert flown.decision.candidate.way is None
+    assert "nothing has come back for 0.5 s" in flown.decision.why
+    times = []
+    for at in range(now + 500, now + 15_000, 10):
+        found = flown.probing(at * MS)
+        if found is not None:
+            assert found.copy
+            assert found.candidate.parameter == 60
+            times.append(at)
+            assert found.candidate.way is not None
+            flown.sent(at * MS, 300, found.candidate.way, encode_ms=3.0, probe=True)
+            flown.missed(at * MS, at * MS)
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert gaps == sorted(gaps)
+    assert gaps[0] <= 600
+    assert gaps[-1] == 2000
+    assert flown.probing((now + 20_000) * MS, connected=False) is None
+    flown.replied(times[-1] * MS, (now + 15_100) * MS, None, late=True)
+    flown.step((now + 15_101) * MS)
+    assert flown.limits.sends
+    talk(flown, now + 15_200, 20)
+    assert flown.decision.candidate.way is not None
+
+
+def test_probes_keep_to_their_share_of_the_bytes() -> None:
+    flown = pilot(bytes_per_second=1000.0)
+    flown.step(1, connected=True)
+    flown.missed(1, 2)
+    flown.missed(2, 3)
+    flown.step(4)
+    times = [at for at in range(0, 60_000, 50) if flown.probing(at * MS + 5) is not None]
+    size = (flown.tables.size(Way(2, "transform", 0)) or (0.0, 0.0))[0]
+    assert size * (len(times) - 4) / 60 <= 0.05 * 1000  # beside the first few
+
+
+def test_a_board_in_need_computes_hardly_anything() -> None:
+    flown = pilot()
+    flown.step(1, board=Board(celsius=50.0, undervoltage=True))
+    assert not flown.limits.computes
+    assert flown.decision.candidate.way is None
+    assert flown.probing(10**10) is None
+
+
+def test_what_a_local_exit_says_counts_once_it_was_compared() -> None:
+    flown = pilot()
+    for number in range(40):
+        flown.compared(2, same=number % 4 != 0)
+    flown.step(1)
+    assert flown.known.local_agreement == {2: pytest.approx(0.75)}
