@@ -206,7 +206,7 @@ def find_rate(bundle: Bundle, cut: int, text: str) -> tuple[str, int]:
 
 
 def _usual_rate(bundle: Bundle, spec: CodecSpec) -> int:
-    """The coarsest rate that was measured to cost little, else the finest; the middle one where nothing was measured."""
+    """The coarsest rate that was measured to cost little, else the finest; without measurements the middle one."""
     measured = [rate.agreement for rate in spec.rates]
     least = bundle.manifest.proof.get("whole_agreement", 1.0) - LITTLE
     if any(agreement is None for agreement in measured):
