@@ -53,9 +53,7 @@ def open_page(address: str) -> None:
 
 
 @click.command()
-@click.option(
-    "--source", help="A clip or a folder of images of your own; default: a street corner, fetched once."
-)
+@click.option("--source", help="A clip or a folder of images of your own; default: a street corner, fetched once.")
 @click.option(
     "--codec",
     default="auto",
