@@ -60,8 +60,7 @@ class Simulation:
     With a `scenario`, the device reaches it through a shaped link; the nodes do not. The scenario's clock starts with
     the first frame, and its end ends the run. Of a node that was killed, only the last life's counters are known.
     `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
-    `device` has more settings of the device, as its configuration has them. `uplink_codec` is the edge node's; by default
-    that of the device.
+    `device` has more settings of the device, as its configuration has them; `uplink_codec` is the edge node's.
     """
 
     def __init__(
