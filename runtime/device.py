@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,8 @@ from runtime.preprocess import prepare
 from runtime.presence import Presence
 from runtime.preview import Previews
 from runtime.reply import Reply
-from runtime.steering import Course, Steering
+from runtime.steering import Steering
+from runtime.taken import Said, Taken, conclude
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
 from runtime.variant import with_variant
@@ -36,20 +37,6 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.25
 DRAIN_S = 2.0
 LINK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """A frame on its way to an answer."""
-
-    camera: str
-    index: int
-    captured_ns: int
-    size: tuple[int, int]  # height and width of the camera's picture
-    features: Features  # what goes up, if it must
-    outcome: cascade.Outcome | None  # of the local segments; None when they have not run
-    timings: dict[str, float]
-    course: Course
 
 
 class Device:
@@ -83,7 +70,7 @@ class Device:
         self._task = self._steering.plain.tier.task
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
         self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters)
-        self._uplink: Uplink[_Frame] | None = None
+        self._uplink: Uplink[Taken] | None = None
         if self._steering.uplink is not None:
             codec, cut = self._steering.uplink
             self._uplink = Uplink(
@@ -171,29 +158,29 @@ class Device:
         seen = (frame.camera, frame.index, frame.captured_ns, frame.pixels.shape[:2])
         known = self._watch.look(frame, features, timings)
         if known is not None:
-            repeated = _Frame(*seen, features, None, timings, self._steering.plain)
-            self._answer(repeated, known.said, repeats=known.frame, degraded=frame.flaw)
+            repeated = Taken(*seen, features, None, timings, self._steering.plain)
+            self._answer(repeated, Said(known.said, repeats=known.frame, degraded=frame.flaw))
             return True
         if not self._steering.computes():
-            self._drop(_Frame(*seen, features, None, timings, self._steering.plain), "gate only")
+            self._drop(Taken(*seen, features, None, timings, self._steering.plain), "gate only")
             return True
         course = self._steering.course()
         if frame.flaw is not None:  # not worth the link
-            self._answer_locally(_Frame(*seen, features, None, timings, course), frame.flaw)
+            self._answer_locally(Taken(*seen, features, None, timings, course), frame.flaw)
             return True
         aside = self._steering.aside()
         if aside is not None and aside.copy:
-            self._send(self._compute(_Frame(*seen, features, None, {}, aside)))
+            self._send(self._compute(Taken(*seen, features, None, {}, aside)))
         elif aside is not None:
             course = aside
-        taken = self._compute(_Frame(*seen, features, None, timings, course))
+        taken = self._compute(Taken(*seen, features, None, timings, course))
         if taken.outcome is not None and taken.outcome.answer is not None:
-            self._answer(taken, taken.outcome.answer)
+            self._answer(taken, Said(taken.outcome.answer))
         else:
             self._offload(taken)
         return True
 
-    def _compute(self, frame: _Frame) -> _Frame:
+    def _compute(self, frame: Taken) -> Taken:
         """Run the local segments of a frame's course."""
         course = frame.course
         if course.whole:
@@ -205,10 +192,10 @@ class Device:
             self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
         return replace(frame, features=outcome.features or frame.features, outcome=outcome)
 
-    def _offload(self, frame: _Frame) -> None:
+    def _offload(self, frame: Taken) -> None:
         """Hand a frame up the link; where that cannot be, or would be in vain, answer it here."""
         if frame.course.local is not None:
-            sent: Sent[_Frame] | str = frame.course.local
+            sent: Sent[Taken] | str = frame.course.local
         elif not frame.course.only and self._steering.too_late(frame.captured_ns):
             sent = "late"
         else:
@@ -216,7 +203,7 @@ class Device:
         if isinstance(sent, str):
             self._answer_locally(frame, sent)
 
-    def _send(self, frame: _Frame) -> Sent[_Frame] | str:
+    def _send(self, frame: Taken) -> Sent[Taken] | str:
         course = frame.course
         if self._uplink is None:
             return "no uplink"
@@ -237,7 +224,7 @@ class Device:
             self._steering.withdrawn()
         return sent
 
-    def _replied(self, sent: Sent[_Frame], said: Reply | str) -> None:
+    def _replied(self, sent: Sent[Taken], said: Reply | str) -> None:
         """Take a node's word, on the link's thread."""
         frame = sent.context
         self._steering.replied(sent.sent_ns, None if isinstance(said, str) else said.timings)
@@ -251,10 +238,10 @@ class Device:
             answer = self._task.decode(said.answer)
             self._steering.compare(frame.course, frame.outcome, answer)
             output = ExitOutput(exit=said.exit, confidence=said.confidence, answer=answer)
-            self._answer(frame, output, sent, tier=said.tier, degraded=said.degraded)
+            self._answer(frame, Said(output, sent, tier=said.tier, degraded=said.degraded))
         self._wake.set()
 
-    def _answer_locally(self, frame: _Frame, reason: str, sent: Sent[_Frame] | None = None) -> None:
+    def _answer_locally(self, frame: Taken, reason: str, sent: Sent[Taken] | None = None) -> None:
         """Answer from the best local exit, flagged with why nothing better came."""
         tier = frame.course.tier
         outcome = frame.outcome or cascade.run([frame.features], tier, frame.course.policy)[0]
@@ -263,55 +250,34 @@ class Device:
         if best is None:
             self._drop(frame, reason)
         else:
-            self._answer(frame, best, sent, degraded=reason)
+            self._answer(frame, Said(best, sent, degraded=reason))
 
-    def _drop(self, frame: _Frame, reason: str) -> None:
+    def _drop(self, frame: Taken, reason: str) -> None:
         self.counters.add("frames_dropped_total", camera=frame.camera, reason=reason.split(":")[0])
         self._watch.dropped(frame.camera, frame.captured_ns)
         self._tell(Dropped(frame.camera, frame.index, reason))
 
-    def _answer(
-        self,
-        frame: _Frame,
-        said: ExitOutput,
-        sent: Sent[_Frame] | None = None,
-        *,
-        tier: str | None = None,
-        degraded: str | None = None,
-        repeats: int | None = None,
-    ) -> None:
-        task, course, kept = self._task, frame.course, self._watch.kept
-        timings = frame.timings if sent is None else {**frame.timings, "encode": sent.encode_ms}
-        age_ms = (time.monotonic_ns() - frame.captured_ns) / 1e6
-        degraded = degraded or ("deadline" if age_ms > self._config.budget_ms else None)
-        result = Result(
-            camera=frame.camera,
-            frame=frame.index,
-            task=self.bundle.manifest.task,
-            label=task.words(said.answer),
-            confidence=said.confidence,
-            answer=task.told(said.answer, *frame.size),
-            tier=tier or self._tier_name,
-            exit=said.exit,
-            agreement=None if degraded is not None else course.agreement(said.exit) if repeats is None else kept,
-            codec=None if sent is None else sent.way.codec,
-            cut=None if sent is None else sent.way.cut,
-            bytes_up=0 if sent is None else sent.bytes_up,
-            age_ms=age_ms,
-            timings={stage: round(took_ms, 3) for stage, took_ms in timings.items()},
-            degraded=degraded,
-            variant=0 if repeats is not None else course.variant if tier is None else course.sent_variant,
-            repeats=repeats,
+    def _answer(self, frame: Taken, said: Said) -> None:
+        result = conclude(
+            frame,
+            said,
+            self._task,
+            named=self.bundle.manifest.task,
+            here=self._tier_name,
+            kept=self._watch.kept,
+            budget_ms=self._config.budget_ms,
+            now_ns=time.monotonic_ns(),
         )
-        how = result.exit if repeats is None else "repeat"
+        how = result.exit if result.repeats is None else "repeat"
         self.counters.add("results_total", camera=result.camera, tier=result.tier, exit=how)
-        if degraded is not None:  # counted by the device's own reasons; what a node says may be anything
-            reason = degraded.split(":")[0] if tier is None or degraded == "deadline" else "above"
+        if result.degraded is not None:  # counted by the device's own reasons; what a node says may be anything
+            own = said.tier is None or result.degraded == "deadline"
+            reason = result.degraded.split(":")[0] if own else "above"
             self.counters.add("results_degraded_total", camera=result.camera, reason=reason)
         self._tell(result)
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
             self.counters.add("results_unpublished_total", camera=result.camera)
-        self._watch.answered(result, said, frame.captured_ns)
+        self._watch.answered(result, said.output, frame.captured_ns)
 
     def _tell(self, result: Result | Dropped) -> None:
         if self._on_result is None or self._fault is not None:

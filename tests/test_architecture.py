@@ -60,7 +60,7 @@ LAYERS = (
         "watch",
         "watchdog",
     },  # and every variant of a seam
-    {"device", "node"},
+    {"device", "node", "taken"},
     {
         *("sim", "simulation", "scenario", "lane", "shaper", "strikes", "processes", "phases", "summary", "live"),
         *("demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", *UI),
