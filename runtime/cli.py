@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -80,7 +81,7 @@ def cli(verbose: bool, quiet: bool) -> None:
 @click.option(
     "--config", "path", type=click.Path(path_type=Path), required=True, help="TOML; the least is a broker and a bundle."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print every result as a JSON line on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print every result and plan as a JSON line on stdout.")
 @click.option("--with-parent", is_flag=True, hidden=True)
 def device_command(path: Path, as_json: bool, with_parent: bool) -> None:
     """Capture frames, run the early segments, answer when an exit is confident, send features up when not."""
@@ -94,7 +95,12 @@ def device_command(path: Path, as_json: bool, with_parent: bool) -> None:
             sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
             sys.stdout.buffer.flush()
 
-    device = Device(config.load(path, config.DeviceConfig), show if as_json else None)
+    def moved(told: Mapping[str, Any]) -> None:
+        show({"event": "plan", **told})
+
+    device = Device(
+        config.load(path, config.DeviceConfig), show if as_json else None, on_plan=moved if as_json else None
+    )
     _serve(device, "device", as_json, with_parent)
 
 

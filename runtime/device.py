@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -42,13 +43,20 @@ LINK_S = 1.0
 class Device:
     """One device with its cameras, its share of the bundle and its link.
 
-    `on_result` is called with every Result and every Dropped, on the pipeline's or the link's thread.
+    `on_result` is called with every Result and every Dropped, on the pipeline's or the link's thread; `on_plan` with
+    every plan that is taken, as it is published, on the pipeline's.
 
     Raises:
         BundleError, ConfigError: the bundle or a setting cannot be used.
     """
 
-    def __init__(self, config: DeviceConfig, on_result: Callable[[Result | Dropped], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        on_result: Callable[[Result | Dropped], None] | None = None,
+        *,
+        on_plan: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self._config = config
         self._on_result = on_result
         self.counters = Counters()
@@ -67,6 +75,8 @@ class Device:
             counters=self.counters,
         )
         self._steering = Steering(config, given, self._link, self._topics, self.counters)
+        self._on_plan = on_plan
+        self._steering.on_move = self._moved
         self._task = self._steering.plain.tier.task
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
         self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters)
@@ -107,6 +117,7 @@ class Device:
         Raises:
             CameraError: a source that can never give frames, such as a missing file.
         """
+        self._moved()
         self._link.start()
         self._await_link(stop)
         for capture in self._captures:
@@ -278,6 +289,11 @@ class Device:
         if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
             self.counters.add("results_unpublished_total", camera=result.camera)
         self._watch.answered(result, said.output, frame.captured_ns)
+
+    def _moved(self) -> None:
+        told = self._steering.told()
+        if self._on_plan is not None and told is not None:
+            self._on_plan(told)
 
     def _tell(self, result: Result | Dropped) -> None:
         if self._on_result is None or self._fault is not None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.datatypes import Dropped, Result
+from runtime.summary import Move
 
 ROWS = 12
 COLOURS = {"device": "green", "edge": "yellow", "cloud": "cyan"}
@@ -26,6 +27,7 @@ class LiveTable:
         self._rows: deque[Result | Dropped] = deque(maxlen=ROWS)
         self._counts: Counter[str] = Counter()
         self._bytes = 0
+        self._plan = ""
         self._live = Live(get_renderable=self._draw, refresh_per_second=10)
 
     def __enter__(self) -> Callable[[Result | Dropped], None]:
@@ -36,6 +38,10 @@ class LiveTable:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def moved(self, move: Move) -> None:
+        """The device has taken another plan."""
+        self._plan = f"{move.rung}: {move.why}"
 
     def _add(self, line: Result | Dropped) -> None:
         self._rows.append(line)
@@ -65,7 +71,7 @@ class LiveTable:
                 f"{line.age_ms:.0f} ms",
                 Text("" if line.degraded is None else line.degraded, "red"),
             )
-        return Group(table, Text(), self._bar())
+        return Group(table, Text(), self._bar(), Text(self._plan, "dim"))
 
     def _bar(self) -> Text:
         frames = max(1, sum(self._counts.values()))

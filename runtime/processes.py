@@ -32,9 +32,11 @@ class OwnBroker:
     """
 
     def __init__(self, program: Path | None, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        # Bound as long as this lives, so that nobody else is given the port while the broker is down.
+        self._holder = socket.socket()
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.port: int = self._holder.getsockname()[1]
         self.version: Literal["5", "3.1.1"] = "3.1.1" if program is None else "5"
         self._command = [sys.executable, "-m", "runtime.broker", str(self.port)]
         if program is not None:
@@ -51,6 +53,7 @@ class OwnBroker:
     def __exit__(self, *failure: object) -> None:
         if self._process is not None:
             end(self._process)
+        self._holder.close()
 
     def start(self) -> None:
         """Start it, and wait until it takes connections.

@@ -18,17 +18,18 @@ import numpy as np
 from runtime import manifest, packet
 from runtime.camera_replay import ReplayCamera
 from runtime.codec import JpegCodec
-from runtime.config import CameraConfig
+from runtime.config import CameraConfig, printable, sentence
 from runtime.datatypes import Dropped, Result
 from runtime.errors import ConfigError
 from runtime.live import LiveTable
 from runtime.manifest import Bundle
+from runtime.objective import Objective, problem
 from runtime.phases import tabulate
 from runtime.preprocess import prepare
 from runtime.scenario import Scenario, fixed
 from runtime.scenario import load as load_scenario
 from runtime.simulation import CAMERA, TIERS, Line, Simulation
-from runtime.summary import Summary, summarize, text
+from runtime.summary import Move, Summary, held, summarize, text
 from runtime.topics import Subtree, publish_bytes
 
 JPEG_QUALITIES = (75, 90)
@@ -80,6 +81,7 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
     }
     scenario = simulation.scenario
     phases = None if scenario is None else tabulate(grabbed, scenario, simulation.budget_ms, simulation.link_bytes)
+    plans = held(simulation.moves, simulation.end_s)
     uplink = simulation.counters.get("edge", {}).get("offload_bytes_total", 0) if len(simulation.tiers) > 2 else None
     return summarize(
         lines,
@@ -88,6 +90,7 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
         uplink_bytes=uplink,
         jpeg_bytes=jpeg_bytes(bundle, camera, {line.frame for line in lines}),
         phases=phases or (),
+        plans=plans,
     )
 
 
@@ -97,13 +100,19 @@ def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger("runtime").setLevel(logging.WARNING)
     if as_json:
+        simulation.on_move = lambda move: click.echo(
+            msgspec.json.encode({"event": "plan", **msgspec.to_builtins(move)})
+        )
         summary = run(simulation, bundle, camera, lambda line: click.echo(msgspec.json.encode(line)))
         click.echo(msgspec.json.encode({"summary": summary}))
         return summary
     if sys.stdout.isatty():
-        with LiveTable(simulation.tiers) as show:
+        table = LiveTable(simulation.tiers)
+        simulation.on_move = table.moved
+        with table as show:
             summary = run(simulation, bundle, camera, show)
     else:
+        simulation.on_move = lambda move: click.echo(told(move))
         summary = run(simulation, bundle, camera, lambda line: click.echo(plain(line)))
     click.echo("\n" + text(summary))
     return summary
@@ -112,6 +121,11 @@ def present(simulation: Simulation, bundle: Bundle, camera: CameraConfig, *, as_
 def tell_page(address: str) -> None:
     """Say where the page is."""
     click.echo(f"the page is at {address}", err=True)
+
+
+def told(move: Move) -> str:
+    """A plan for a person."""
+    return f"{move.at_s:>6.1f} s  {move.rung}: {move.why}"
 
 
 def plain(line: Line) -> str:
@@ -153,6 +167,12 @@ def plain(line: Line) -> str:
     default=0,
     show_default=True,
     help="Of the first segment, as `kinflow bundle show` lists them; 0: the segment itself.",
+)
+@click.option(
+    "--objective",
+    metavar="KEY=VALUE,…",
+    help="Let the device plan, as with a table [objective], such as optimize=agreement,latency_p95_ms=900 "
+    "(docs/planner.md).",
 )
 @click.option("--no-exits", is_flag=True, help="No early answers: every frame goes through the whole chain.")
 @click.option(
@@ -200,6 +220,7 @@ def sim_command(
     tiers: str,
     codec: str,
     variant: int,
+    objective: str | None,
     no_exits: bool,
     fast: bool,
     first_frame: int,
@@ -243,8 +264,37 @@ def sim_command(
         cameras=cameras,
         preview=preview,
         on_page=tell_page if ui else None,
+        objective=None if objective is None else read_objective(objective),
     )
     present(simulation, loaded, camera, as_json=as_json)
+
+
+def read_objective(text: str) -> Objective:
+    """The table `[objective]` written as key=value pairs, with commas between them.
+
+    Raises:
+        ConfigError: as for the table itself.
+    """
+    tree: dict[str, str] = {}
+    for pair in text.split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (key and equals and value) or key in tree:
+            raise ConfigError(
+                f"--objective {text!r}: write it as key=value pairs, such as optimize=bytes,min_agreement=.9"
+            )
+        tree[key] = value
+    try:
+        objective = msgspec.convert({"objective": tree}, _Given, strict=False).objective
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--objective: {printable(sentence(str(error), _Given))}") from error
+    wrong = problem(objective)
+    if wrong is not None:
+        raise ConfigError(f"--objective: {wrong}")
+    return objective
+
+
+class _Given(msgspec.Struct):
+    objective: Objective
 
 
 def _broker(text: str) -> tuple[str, int] | Path:

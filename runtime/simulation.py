@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from runtime.datatypes import Dropped, Result
 from runtime.errors import ConfigError, LinkError
 from runtime.link import Handler, open_link
 from runtime.manifest import Bundle
+from runtime.objective import Objective
 from runtime.processes import START_S, STOP_S, OwnBroker, end, ended, kill, start_tier, tier
 from runtime.scenario import Scenario
 from runtime.shaper import Shaper
 from runtime.strikes import Step, Strikes
+from runtime.summary import Move
 from runtime.topics import Subtree
 from runtime.ui import Page, free_port
 from runtime.variant import with_variant
@@ -61,6 +64,7 @@ class Simulation:
     the first frame, and its end ends the run. Of a node that was killed, only the last life's counters are known.
     `on_page` asks for the page of `kinflow ui`: it is called with its address when it is there, before the first frame.
     `device` has more settings of the device, as its configuration has them; `uplink_codec` is the edge node's.
+    With an `objective` the device plans; set before `lines`, `on_move` is called with every plan as it is taken.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Simulation:
         preview: bool = False,
         on_page: Callable[[str], None] | None = None,
         device: Mapping[str, str | bool | float] | None = None,
+        objective: Objective | None = None,
     ) -> None:
         if tuple(tiers) not in {TIERS[:1], TIERS[:2], TIERS}:
             raise ConfigError(f"--tiers {','.join(tiers)}: choose device, device,edge or device,edge,cloud")
@@ -103,6 +108,11 @@ class Simulation:
         self.scenario = scenario
         self.link_bytes: list[tuple[int, int]] = []  # of each phase, up and down; known at the end
         self.start_s: float | None = None  # time.monotonic() when the first frame was grabbed
+        self.end_s = 0.0  # of the clock that starts there: when the last line came
+        self.moves: list[Move] = []  # plans, in the order of time
+        self.struck: Counter[str] = Counter()  # what was killed so far, how often; `mid-packet`: in the midst of one
+        self.on_move: Callable[[Move], None] | None = None
+        self._objective = {} if objective is None else {"objective": _table(objective)}
         self._shaper: Shaper | None = None
         self._own: OwnBroker | None = None
         self._preview = {"preview": {"enabled": True}} if preview else {}
@@ -124,6 +134,16 @@ class Simulation:
         self._stack = contextlib.ExitStack()
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.counters: dict[str, dict[str, int]] = {}  # tier → its counters at the end
+
+    @property
+    def broker(self) -> BrokerConfig:
+        """Where the nodes and whoever watches reach the broker, past the shaped link. Known when it has started."""
+        return self._broker_config
+
+    @property
+    def device(self) -> Subtree:
+        """The topics of the device."""
+        return Subtree(self._site, "d", "device")
 
     def __enter__(self) -> Simulation:
         with contextlib.ExitStack() as stack:
@@ -167,17 +187,23 @@ class Simulation:
         last = self._last_segments()["device"]
         tables = {f"camera.{name}": _table(camera) for name, camera in self._cameras.items()}
         broker = {"broker": _table(self._device_broker)}
-        config = self._write("device", {"last_segment": last, **settings}, {**broker, **tables, **self._preview})
+        config = self._write(
+            "device", {"last_segment": last, **settings}, {**broker, **self._objective, **tables, **self._preview}
+        )
         with tier(["device", "--config", str(config), "--json"]) as device, self._strikes(device) as strikes:
             assert device.stdout is not None
             for line in device.stdout:
                 now_s = time.monotonic()
                 tree = msgspec.json.decode(line)
+                if tree.get("event") == "plan":
+                    self._moved(tree, now_s)
+                    continue
                 if self.start_s is None:
                     self.start_s = now_s - tree.get("age_ms", 0.0) / 1000
                     strikes.begin(self.start_s)
                     if self._shaper is not None:
                         self._shaper.begin(self.start_s)
+                self.end_s = now_s - self.start_s
                 if tree.get("event") == "stopped":
                     self.counters["device"] = tree["counters"]
                 else:
@@ -191,6 +217,13 @@ class Simulation:
                 output, _ = node.communicate(timeout=STOP_S)
                 self.counters[name] = msgspec.json.decode(output)["counters"] if output else {}
 
+    def _moved(self, told: Mapping[str, Any], now_s: float) -> None:
+        at_s = 0.0 if self.start_s is None else round(now_s - self.start_s, 3)
+        words = {name: told[name] for name in ("plan", "why", "reason", "rung")}
+        self.moves.append(Move(at_s=at_s, **words))
+        if self.on_move is not None:
+            self.on_move(self.moves[-1])
+
     def _strikes(self, device: subprocess.Popen[bytes]) -> Strikes:
         scenario = self.scenario
         kills, duration_s = ((), math.inf) if scenario is None else (scenario.kills, scenario.duration_s)
@@ -200,6 +233,8 @@ class Simulation:
         """Let something go down or come back, on the thread of the strikes."""
         what = step.kill.what
         assert self._shaper is not None
+        if not step.comes_back:
+            self.struck[what] += 1
         if what in self._nodes:
             if step.comes_back:
                 self._nodes[what] = start_tier(["node", "--config", str(self._folder / f"{what}.toml"), "--json"])
@@ -209,7 +244,9 @@ class Simulation:
         if not step.comes_back and step.kill.mid_packet:
             cut = threading.Event()
             self._shaper.cut(cut.set)
-            if not cut.wait(CUT_S):
+            if cut.wait(CUT_S):
+                self.struck["mid-packet"] += 1
+            else:
                 self._shaper.cut(None)
         if what == "broker" and self._own is not None:
             if step.comes_back:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +83,7 @@ class Steering:
     def __init__(self, config: DeviceConfig, bundle: Bundle, link: Link, topics: Subtree, counters: Counters) -> None:
         self._config, self._given = config, bundle
         self._link, self._topics, self._counters = link, topics, counters
+        self.on_move: Callable[[], None] | None = None  # called after a move, on the thread of `tick`
         segments = len(bundle.manifest.segments)
         self.last = bundle.manifest.tiers[0].last_segment if config.last_segment is None else config.last_segment
         if self.last >= segments:
@@ -137,6 +138,8 @@ class Steering:
             names = {"from": before.candidate.words(), "to": after.candidate.words(), "reason": after.reason}
             self._counters.add("planner_moves_total", 1, **names)
             self._publish()
+            if self.on_move is not None:
+                self.on_move()
 
     def computes(self) -> bool:
         """Whether a frame that the gate has no answer for is computed."""

@@ -12,6 +12,16 @@ from runtime.datatypes import Dropped, Result
 from runtime.phases import PhaseSummary, table
 
 
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan that a device has taken, of those with an `[objective]` (docs/planner.md)."""
+
+    at_s: float  # since the first frame; 0 for those taken before it
+    plan: str  # in words
+    why: str
+    reason: str
+    rung: str
+
+
 class TierSummary(msgspec.Struct, frozen=True, kw_only=True):
     """The frames that one tier answered."""
 
@@ -34,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     uplink_bytes_per_frame: float | None  # from the edge node to the cloud
     jpeg_bytes_per_frame: Mapping[str, float]  # quality → the same frames, same packets and topics
     phases: tuple[PhaseSummary, ...] = ()  # of the scenario, where there was one
+    plans: Mapping[str, float] = {}  # plan → seconds that it held, where there was an objective
 
     @property
     def degraded_frames(self) -> int:
@@ -49,6 +60,7 @@ def summarize(
     uplink_bytes: int | None,
     jpeg_bytes: Mapping[str, float],
     phases: tuple[PhaseSummary, ...] = (),
+    plans: Mapping[str, float] | None = None,
 ) -> Summary:
     """Sum up the lines of one run.
 
@@ -59,6 +71,7 @@ def summarize(
         uplink_bytes: all that the edge node sent further up; None without such a node.
         jpeg_bytes: quality → mean bytes of a frame sent as a JPEG.
         phases: of the scenario.
+        plans: plan → seconds that it held.
     """
     results = [line for line in lines if isinstance(line, Result)]
     dropped = dict(stale)
@@ -85,7 +98,17 @@ def summarize(
         uplink_bytes_per_frame=None if uplink_bytes is None else uplink_bytes / max(1, len(results)),
         jpeg_bytes_per_frame=jpeg_bytes,
         phases=phases,
+        plans=plans or {},
     )
+
+
+def held(moves: Sequence[Move], end_s: float) -> dict[str, float]:
+    """How many seconds each plan held, of moves in the order of time and up to `end_s`; the longest first."""
+    seconds: dict[str, float] = {}
+    ends = [*(move.at_s for move in moves[1:]), end_s]
+    for move, until_s in zip(moves, ends, strict=True):
+        seconds[move.plan] = seconds.get(move.plan, 0.0) + max(0.0, until_s - move.at_s)
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
 
 
 def _tier(results: Sequence[Result], frames: int) -> TierSummary:
@@ -122,6 +145,9 @@ def text(summary: Summary) -> str:
         lines.append(f"    {'edge to cloud, over all answered frames':<40}{summary.uplink_bytes_per_frame:>10,.0f}")
     for quality, size in summary.jpeg_bytes_per_frame.items():
         lines.append(f"    {f'every frame as JPEG q{quality}, model size':<40}{size:>10,.0f}")
+    if summary.plans:
+        lines += ["", "  plans, and for how long"]
+        lines += [f"    {plan:<52}{seconds:>8.1f} s" for plan, seconds in summary.plans.items()]
     if summary.phases:
         lines += ["", table(summary.phases)]
     return "\n".join(lines)
