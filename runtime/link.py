@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from importlib import import_module
 from typing import Protocol
 
@@ -12,6 +13,16 @@ from runtime.counters import Counters
 LINKS = {"mqtt": "runtime.link_mqtt:MqttLink", "memory": "runtime.link_memory:MemoryLink"}
 
 Handler = Callable[[str, bytes], None]  # (topic, payload); called on the link's thread, so it must not block
+Then = Callable[[str], None]  # what became of a message: "", "unheard" or why it will never arrive; must not block
+
+
+class Lane(IntEnum):
+    """What goes first where the link is slower than what is handed over: the lower number."""
+
+    EVENTS = 0  # and what is as small and rare: births, availability, statuses, plans
+    FEATURES = 1  # requests and replies
+    RESULTS = 2
+    STATS = 3  # and previews
 
 
 class Link(Protocol):
@@ -20,6 +31,11 @@ class Link(Protocol):
     @property
     def connected(self) -> bool:
         """Whether the broker has accepted us and we have not lost it since."""
+        ...
+
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """The largest packet that the broker takes, all of MQTT counted; None: no limit, or not connected."""
         ...
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -34,8 +50,29 @@ class Link(Protocol):
         """Begin to connect, in a thread of its own. Returns at once."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        lane: Lane = Lane.FEATURES,
+        expires_ns: int | None = None,
+        then: Then | None = None,
+    ) -> int:
         """Hand a message over for sending.
+
+        Args:
+            topic: where to.
+            payload: what.
+            qos: 0 or 1.
+            retain: whether the broker keeps it for those who come later.
+            lane: what it may overtake; within a lane the order is kept.
+            expires_ns: time.monotonic_ns() after which nobody wants it: it is dropped if it is not being written yet.
+            then: called once if the message was accepted, on the link's thread or a publisher's: with "" when the
+                broker has confirmed it (QoS 1) or it was written (QoS 0), with "unheard" when the broker says that
+                nobody subscribes to it, else with the reason why it will never be confirmed.
 
         Returns:
             The bytes it costs on the wire; 0 when it was refused, which is counted with its reason.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 from paho.mqtt.client import topic_matches_sub
@@ -15,7 +16,7 @@ from paho.mqtt.client import topic_matches_sub
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.errors import ConfigError
-from runtime.link import Handler
+from runtime.link import Handler, Lane, Then
 from runtime.topics import publish_bytes
 
 
@@ -46,6 +47,11 @@ class MemoryLink:
         self._chance_lock = threading.Lock()
         self.connected = False
 
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """There is no limit in memory."""
+        return None
+
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
         """Call `handler` for every message that matches; there are no shared subscriptions in memory."""
         if topic_filter.startswith("$share/"):
@@ -67,13 +73,25 @@ class MemoryLink:
         for action in self._actions:
             action()
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
-        """Deliver to every link that subscribed; costs what the same message costs in MQTT 5."""
-        if not self.connected:
-            self._counters.add("link_refused_total", reason="offline")
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        lane: Lane = Lane.FEATURES,
+        expires_ns: int | None = None,
+        then: Then | None = None,
+    ) -> int:
+        """Deliver at once to every link that subscribed; costs what the same message costs in MQTT 5."""
+        if not self.connected or (expires_ns is not None and expires_ns <= time.monotonic_ns()):
+            self._counters.add("link_refused_total", reason="late" if self.connected else "offline")
             return 0
         if qos == 0 and self._loses():
             self._counters.add("link_lost_total", reason="loss_ratio")
+            if then is not None:
+                then("")
             return publish_bytes(topic, len(payload), qos=qos)
         with self._hub.lock:
             links = list(self._hub.links)
@@ -81,8 +99,9 @@ class MemoryLink:
                 self._hub.retained[topic] = payload
             elif retain:
                 self._hub.retained.pop(topic, None)
-        for link in links:
-            link._deliver(topic, payload)  # noqa: SLF001 — the same class
+        heard = sum(link._deliver(topic, payload) for link in links)  # noqa: SLF001 — the same class
+        if then is not None:
+            then("" if heard or qos == 0 else "unheard")
         return publish_bytes(topic, len(payload), qos=qos)
 
     def close(self) -> None:
@@ -96,7 +115,11 @@ class MemoryLink:
         with self._chance_lock:
             return self._loss_ratio > 0 and self._chance.random() < self._loss_ratio
 
-    def _deliver(self, topic: str, payload: bytes) -> None:
+    def _deliver(self, topic: str, payload: bytes) -> int:
+        """Returns how many subscriptions match."""
+        heard = 0
         for topic_filter, handler in self._subscriptions:
             if self.connected and topic_matches_sub(topic_filter, topic):
+                heard += 1
                 handler(topic, payload)
+        return heard

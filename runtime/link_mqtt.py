@@ -14,7 +14,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo, topic_matches_sub
@@ -25,7 +27,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.credentials import read_password, tls_context
-from runtime.link import Handler
+from runtime.link import Handler, Lane, Then
 from runtime.topics import publish_bytes
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,33 @@ STEADY_S = 1.0  # a connection that has lived so long was a good one
 SHORT_IN_A_ROW = 3
 SAME_ID = "does another client use its id? give each device and node an id of its own"
 TAKEN_OVER = 0x8E  # MQTT 5: another client has connected with this client's id
+NOBODY_SUBSCRIBES = 0x10  # MQTT 5, of a PUBACK
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    info: MQTTMessageInfo
+    cost_bytes: int
+    lane: Lane
+    then: Then | None
+
+
+class _Client(Client):
+    """paho's, with `on_publish` on the link's thread alone.
+
+    Elsewhere paho would call it for QoS 0, and make a publisher wait for whatever handler runs just then.
+    """
+
+    thread: threading.Thread
+
+    @property
+    def on_publish(self) -> Any:
+        """Called on the link's thread when a message is confirmed."""
+        return super().on_publish if threading.current_thread() is self.thread else None
+
+    @on_publish.setter
+    def on_publish(self, function: Any) -> None:
+        Client.on_publish.fset(self, function)  # type: ignore[attr-defined]
 
 
 class MqttLink:
@@ -62,7 +91,9 @@ class MqttLink:
         self._writing = threading.Lock()  # held by whoever writes to the socket
         self._lock = threading.Lock()  # guards what follows
         self._client: Client | None = None  # set while connected
-        self._unsent: list[tuple[MQTTMessageInfo, int]] = []  # with the bytes of each
+        self._unsent: list[_Unsent] = []
+        self._unheard: set[int] = set()  # packet identifiers of what nobody subscribes to
+        self._settled: deque[tuple[Then, str]] = deque()  # what is to be told without the lock
         self._max_packet_bytes: int | None = None
         self._acknowledged = self._refused = False  # by CONNACK; refused for other reasons than the version
         self._awaited: set[int] = set()
@@ -72,6 +103,11 @@ class MqttLink:
     def connected(self) -> bool:
         """Whether the broker has accepted us and all subscriptions."""
         return self._client is not None
+
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """What the broker said in CONNACK; None: no limit, or not connected."""
+        return self._max_packet_bytes if self._client is not None else None
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
         """Call `handler` for every message that matches. To be called before `start`."""
@@ -87,8 +123,20 @@ class MqttLink:
         self._waker.setblocking(False)
         self._thread.start()
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> int:
-        """Send a message at once, or as soon as the socket takes it; 0 when offline, full or over the limit."""
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        lane: Lane = Lane.FEATURES,
+        expires_ns: int | None = None,
+        then: Then | None = None,
+    ) -> int:
+        """Send a message at once, or as soon as the socket takes it; 0 when offline, late, full or over the limit."""
+        if expires_ns is not None and expires_ns <= time.monotonic_ns():
+            return self._refuse("late")
         with self._lock:
             client = self._client
             if client is None:
@@ -107,8 +155,9 @@ class MqttLink:
             info = client.publish(topic, payload, qos, retain)
             if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
                 return self._refuse("client")
-            self._unsent.append((info, cost))
+            self._unsent.append(_Unsent(info, cost, lane, then))
         self._send_now(client)
+        self._settle()
         return cost
 
     def close(self) -> None:
@@ -147,9 +196,26 @@ class MqttLink:
 
     def _count_unsent(self) -> int:
         """Bytes that still wait for the socket or for the broker's word. To be called with the lock held."""
-        # paho's on_publish would tell as well, but makes a publisher wait for whatever handler runs just then.
-        self._unsent = [(info, cost) for info, cost in self._unsent if not info.is_published()]
-        return sum(cost for _, cost in self._unsent)
+        waiting: list[_Unsent] = []
+        for one in self._unsent:
+            if not one.info.is_published():
+                waiting.append(one)
+                continue
+            unheard = one.info.mid in self._unheard
+            self._unheard.discard(one.info.mid)
+            if one.then is not None:
+                self._settled.append((one.then, "unheard" if unheard else ""))
+        self._unsent = waiting
+        return sum(one.cost_bytes for one in waiting)
+
+    def _settle(self) -> None:
+        """Tell what became of messages. To be called without the lock, as whoever is told may publish."""
+        with self._lock:
+            self._count_unsent()
+        while self._settled:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                then, outcome = self._settled.popleft()
+                self._guard(lambda: then(outcome))  # noqa: B023
 
     def _refuse(self, reason: str) -> int:
         self._counters.add("link_refused_total", reason=reason)
@@ -221,15 +287,20 @@ class MqttLink:
             if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return result
         result = self._write(client)
+        self._settle()
         return client.loop_misc() if result == MQTTErrorCode.MQTT_ERR_SUCCESS else result
 
     def _lose(self, client: Client) -> None:
         with self._lock:
             was_connected, self._client = self._client is client, None
             self._count_unsent()
-            for _ in self._unsent:
+            for one in self._unsent:
                 self._counters.add("link_lost_total", reason="connection lost")
+                if one.then is not None:
+                    self._settled.append((one.then, "connection lost"))
             self._unsent.clear()
+            self._unheard.clear()
+        self._settle()
         if was_connected and not self._closing.is_set():
             self._report(f"lost the broker at {self._broker.host}:{self._broker.port}", "lost")
 
@@ -243,7 +314,7 @@ class MqttLink:
         options: dict[str, Any] = {}
         if self._protocol != MQTTProtocolVersion.MQTTv5:
             options["clean_session"] = True
-        client = Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=self._protocol, **options)
+        client = _Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=self._protocol, **options)
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.max_queued_messages_set(self._broker.max_unsent_messages)
         if self._broker.username is not None:
@@ -259,6 +330,8 @@ class MqttLink:
         client.on_subscribe = self._subscribed
         client.on_message = self._received
         client.on_disconnect = self._disconnected
+        client.thread = self._thread
+        client.on_publish = self._published
         return client
 
     def _connected(
@@ -308,6 +381,13 @@ class MqttLink:
     ) -> None:
         if reason.value == TAKEN_OVER:
             self._report(f"{self._client_id} was taken over; {SAME_ID}", "taken over")
+
+    def _published(
+        self, client: Client, userdata: object, mid: int, reason: ReasonCode, properties: Properties
+    ) -> None:
+        # paho's own lock is held here, which a publisher that holds ours may want.
+        if reason.value == NOBODY_SUBSCRIBES:
+            self._unheard.add(mid)
 
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         self._guard(lambda: self._hand_out(message))

@@ -24,7 +24,7 @@ from runtime.config import NodeConfig
 from runtime.counters import Counters
 from runtime.datatypes import ExitOutput, Features
 from runtime.errors import BundleError, ConfigError, PacketError
-from runtime.link import Link, open_link
+from runtime.link import Lane, Link, open_link
 from runtime.packet import Kind, Packet
 from runtime.policy import ExitPolicy
 from runtime.presence import Presence
@@ -312,7 +312,7 @@ class Node:
             camera=message.camera,
             flags=flags,
         )
-        if not self._link.publish(request.client.replies, packet.pack(answer)):
+        if not self._link.publish(request.client.replies, packet.pack(answer), lane=Lane.FEATURES):
             self.counters.add("replies_dropped_total", reason="link")
 
     def _expire(self) -> None:

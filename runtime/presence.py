@@ -12,7 +12,7 @@ import msgspec
 import onnxruntime
 
 from runtime.counters import Counters
-from runtime.link import Link
+from runtime.link import Lane, Link
 from runtime.topics import Subtree
 
 
@@ -46,7 +46,9 @@ class Presence:
         for camera, status in statuses if self._link.connected else ():
             if self._statuses.get(camera) != status:
                 self._statuses[camera] = status
-                self._link.publish(self._topics.camera_status(camera), status.encode(), qos=1, retain=True)
+                self._link.publish(
+                    self._topics.camera_status(camera), status.encode(), qos=1, retain=True, lane=Lane.EVENTS
+                )
         if time.monotonic() >= self._next_stats_s:
             self._next_stats_s += self._stats_interval_s
             self._publish_stats()
@@ -56,13 +58,13 @@ class Presence:
         self.tell(statuses)
         self._publish_stats()
         if self._link.connected:
-            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True)
+            self._link.publish(self._topics.availability, b"offline", qos=1, retain=True, lane=Lane.EVENTS)
 
     def _announce(self) -> None:
-        self._link.publish(self._topics.birth, msgspec.json.encode(self._birth), qos=1, retain=True)
-        self._link.publish(self._topics.availability, b"online", qos=1, retain=True)
+        self._link.publish(self._topics.birth, msgspec.json.encode(self._birth), qos=1, retain=True, lane=Lane.EVENTS)
+        self._link.publish(self._topics.availability, b"online", qos=1, retain=True, lane=Lane.EVENTS)
         self._statuses.clear()
 
     def _publish_stats(self) -> None:
         if self._link.connected:
-            self._link.publish(self._topics.stats, msgspec.json.encode(self._counters.snapshot()))
+            self._link.publish(self._topics.stats, msgspec.json.encode(self._counters.snapshot()), lane=Lane.STATS)

@@ -13,7 +13,7 @@ from runtime.codec import JpegCodec
 from runtime.config import PreviewConfig
 from runtime.counters import Counters
 from runtime.datatypes import Frame, Pixels
-from runtime.link import Link
+from runtime.link import Lane, Link
 from runtime.manifest import Bundle
 from runtime.preprocess import prepare
 from runtime.topics import Subtree, publish_bytes
@@ -72,7 +72,7 @@ class Previews:
         """Take note of a frame that the device is about to answer."""
         if self._config.enabled and self._link.connected and self._previews.due(frame.camera, frame.captured_ns):
             picture = small_jpeg(frame.pixels, self._config.width, self._config.quality)
-            sent_bytes = self._link.publish(self._topics.preview(frame.camera), picture)
+            sent_bytes = self._link.publish(self._topics.preview(frame.camera), picture, lane=Lane.STATS)
             self._counters.add("preview_bytes_total", sent_bytes, camera=frame.camera)
         if self._samples.due(frame.camera, frame.captured_ns):
             payload = self._jpeg.encode(prepare(frame.pixels, self._preprocess))

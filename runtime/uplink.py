@@ -20,7 +20,7 @@ from runtime.coding import Encoder
 from runtime.counters import Counters
 from runtime.datatypes import Features, Tensor
 from runtime.errors import PacketError
-from runtime.link import Link
+from runtime.link import Lane, Link
 from runtime.manifest import Bundle
 from runtime.packet import Kind, Packet
 from runtime.plan_rates import Way
@@ -217,7 +217,7 @@ class Uplink(Generic[Context]):
             self._waiting[coded.sequence] = sent
         if before is not None:
             before(sent)
-        bytes_up = self._link.publish(topic, data)
+        bytes_up = self._link.publish(topic, data, lane=Lane.FEATURES, expires_ns=sent.deadline_ns)
         sent.bytes_up += bytes_up - expected_bytes
         if bytes_up == 0:
             with self._lock:

@@ -24,7 +24,7 @@ from runtime.events import FOLLOWS, Event, Follower, Seen, Settings, Sighting, c
 from runtime.gate import Gate, Rule
 from runtime.gate_spec import MAX_AGE_MS, GateSpec
 from runtime.in_order import InOrder
-from runtime.link import Link
+from runtime.link import Lane, Link
 from runtime.manifest import Bundle
 from runtime.task import Task
 from runtime.topics import Subtree
@@ -163,7 +163,7 @@ class Watch:
         age_ms = None if captured_ns is None else round((time.monotonic_ns() - captured_ns) / 1e6, 3)
         payload = msgspec.json.encode(replace(event, age_ms=age_ms))
         self._counters.add("events_total", camera=event.camera, type=event.type)
-        if not self._link.publish(self._topics.event(event.camera), payload, qos=1):
+        if not self._link.publish(self._topics.event(event.camera), payload, qos=1, lane=Lane.EVENTS):
             self._counters.add("events_unpublished_total", camera=event.camera)
 
     def _publish_state(self, name: str) -> None:
@@ -177,7 +177,7 @@ class Watch:
             "total": None if present is None else len(present),
             "ids": {} if present is None else dict(present),
         }
-        self._link.publish(self._topics.state(name), msgspec.json.encode(state), qos=1, retain=True)
+        self._link.publish(self._topics.state(name), msgspec.json.encode(state), qos=1, retain=True, lane=Lane.EVENTS)
 
     def _untold(self, camera: str, reason: str) -> None:
         self._counters.add("events_untold_total", camera=camera, reason=reason)
