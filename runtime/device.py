@@ -20,7 +20,7 @@ from runtime.capture import Capture
 from runtime.config import DeviceConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
-from runtime.link import open_link
+from runtime.link import Lane, open_link
 from runtime.preprocess import prepare
 from runtime.presence import Presence
 from runtime.preview import Previews
@@ -286,7 +286,8 @@ class Device:
             reason = result.degraded.split(":")[0] if own else "above"
             self.counters.add("results_degraded_total", camera=result.camera, reason=reason)
         self._tell(result)
-        if not self._link.publish(self._topics.result(result.camera), msgspec.json.encode(result), qos=1):
+        payload = msgspec.json.encode(result)
+        if not self._link.publish(self._topics.result(result.camera), payload, qos=1, lane=Lane.RESULTS):
             self.counters.add("results_unpublished_total", camera=result.camera)
         self._watch.answered(result, said.output, frame.captured_ns)
 

@@ -24,7 +24,7 @@ from runtime.config import DeviceConfig
 from runtime.counters import Counters
 from runtime.datatypes import Answer, Features
 from runtime.errors import ConfigError
-from runtime.link import Link
+from runtime.link import Lane, Link
 from runtime.manifest import Bundle
 from runtime.objective import Objective
 from runtime.packet import HEADER
@@ -253,7 +253,7 @@ class Steering:
         }
 
     def _publish(self) -> None:
-        self._link.publish(self._topics.plan, msgspec.json.encode(self.told()), qos=1, retain=True)
+        self._link.publish(self._topics.plan, msgspec.json.encode(self.told()), qos=1, retain=True, lane=Lane.EVENTS)
 
     def _load(self, objective: Objective | None) -> None:
         """Load what may run here, and run it once."""
