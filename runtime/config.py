@@ -95,6 +95,11 @@ class EventsConfig(_Struct, frozen=True):
     confirm_frames: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3  # answers that something is in before it is told
     gone_ms: Positive = 2000  # shown to be away for so long, it has ended
     update_ms: Positive = 1000  # between two updates of one event
+    store: NotEmpty = "memory"  # where events wait for the broker; else a path: a file that outlives the process
+    store_messages: Positive = 10_000  # over this, the oldest are lost, and counted
+    store_bytes: Positive = 4 * 1024 * 1024
+    store_s: Seconds = 86_400.0  # older ones are lost, and counted
+    drain_per_second: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 20.0  # of events that had to wait
 
 
 class DeviceConfig(_Struct, frozen=True):
@@ -186,6 +191,9 @@ def load(path: Path, kind: type[Config]) -> Config:
         "bundle": str(path.parent / config.bundle),
         "broker": _from_folder(config.broker, path.parent),
     }
+    if isinstance(config, DeviceConfig) and config.events.store != "memory":
+        store = str(path.parent / config.events.store)
+        replaced["events"] = msgspec.structs.replace(config.events, store=store)
     if isinstance(config, NodeConfig) and config.uplink is not None and config.uplink.broker is not None:
         upper = _from_folder(config.uplink.broker, path.parent)
         replaced["uplink"] = msgspec.structs.replace(config.uplink, broker=upper)

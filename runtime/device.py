@@ -79,7 +79,7 @@ class Device:
         self._steering.on_move = self._moved
         self._task = self._steering.plain.tier.task
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
-        self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters)
+        self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters, self._wake.set)
         self._uplink: Uplink[Taken] | None = None
         if self._steering.uplink is not None:
             codec, cut = self._steering.uplink
@@ -128,6 +128,7 @@ class Device:
                 self._wake.clear()
                 self._expire()
                 self._steering.tick()
+                self._watch.tend()
                 self._presence.tell(self._statuses())
                 self._watchdog.tend()
                 stepped = [self._step(capture) for capture in self._captures]

@@ -56,8 +56,10 @@ class Event:
     top_score: float  # the highest single one so far
     box: Corners | None  # smoothed over frames, in pixels of the camera's frame
     duration_ms: float  # from the first to the last frame that it was seen in
-    age_ms: float | None = None  # from the grab of `frame` to this message; None at the end of a run
+    age_ms: float | None = None  # from the grab of `frame` to this message, see `forwarding`; None: not known
     reason: Literal["gone", "replaced", "stopping"] | None = None  # of an end
+    session: str = ""  # names the run of the device, see `forwarding`
+    sequence: int = 0  # counts the events of all cameras of that run, from 1
 
 
 @dataclass(frozen=True, slots=True)

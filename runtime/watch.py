@@ -10,8 +10,8 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from runtime.config import DeviceConfig
 from runtime.counters import Counters
 from runtime.datatypes import ExitOutput, Features, Frame, Result
 from runtime.events import FOLLOWS, Event, Follower, Seen, Settings, Sighting, counts, open_follower
+from runtime.forwarding import Forwarding
 from runtime.gate import Gate, Rule
 from runtime.gate_spec import MAX_AGE_MS, GateSpec
 from runtime.in_order import InOrder
@@ -50,10 +51,17 @@ class _Camera:
 
 
 class Watch:
-    """Gates and events of all cameras of a device."""
+    """Gates and events of all cameras of a device. `wake` is called when `tend` should be called soon."""
 
     def __init__(
-        self, config: DeviceConfig, bundle: Bundle, task: Task, link: Link, topics: Subtree, counters: Counters
+        self,
+        config: DeviceConfig,
+        bundle: Bundle,
+        task: Task,
+        link: Link,
+        topics: Subtree,
+        counters: Counters,
+        wake: Callable[[], None],
     ) -> None:
         self._task = task
         self._link = link
@@ -72,6 +80,8 @@ class Watch:
             untold = partial(self._untold, camera)
             follower = open_follower(kind, camera, session, times, untold) if kind is not None and enabled else None
             self._cameras[camera] = _Camera(gate, follower, InOrder())
+        follows = any(camera.follower is not None for camera in self._cameras.values())
+        self._forwarding = Forwarding(config.events, link, counters, session, wake) if follows else None
 
     @property
     def kept(self) -> float | None:
@@ -122,15 +132,24 @@ class Watch:
             for name, camera in self._cameras.items():
                 if camera.follower is not None:
                     self._publish_state(name)
+        if self._forwarding is not None:
+            self._forwarding.connected()
+
+    def tend(self) -> None:
+        """Send events that wait and may go now; to be called a few times a second."""
+        if self._forwarding is not None:
+            self._forwarding.tend()
 
     def close(self) -> None:
-        """End all events; what is before the cameras is not known any more."""
+        """End all events, and send what waits; what is before the cameras is not known any more."""
         with self._lock:
             for name, camera in self._cameras.items():
                 if camera.follower is not None:
                     for event in camera.follower.stop():
-                        self._publish(event, None)
+                        self._publish(event, time.monotonic_ns())
                     self._publish_state(name)
+        if self._forwarding is not None:
+            self._forwarding.close()
 
     def _loss(self, repeated: Known, computed: Known) -> float:
         same, total = self._task.compare(repeated.said.answer, computed.said.answer)
@@ -159,12 +178,10 @@ class Watch:
         if answers and camera.follower.present() != camera.present:
             self._publish_state(name)
 
-    def _publish(self, event: Event, captured_ns: int | None) -> None:
-        age_ms = None if captured_ns is None else round((time.monotonic_ns() - captured_ns) / 1e6, 3)
-        payload = msgspec.json.encode(replace(event, age_ms=age_ms))
+    def _publish(self, event: Event, captured_ns: int) -> None:
+        assert self._forwarding is not None
         self._counters.add("events_total", camera=event.camera, type=event.type)
-        if not self._link.publish(self._topics.event(event.camera), payload, qos=1, lane=Lane.EVENTS):
-            self._counters.add("events_unpublished_total", camera=event.camera)
+        self._forwarding.send(event, self._topics.event(event.camera), captured_ns)
 
     def _publish_state(self, name: str) -> None:
         camera = self._cameras[name]

@@ -24,6 +24,8 @@ LAYERS = (
         "preprocess",
         "boxes",
         "events",
+        "inbox",
+        "outbox",
         "gate",
         "drift",
         "estimates",
@@ -57,6 +59,8 @@ LAYERS = (
         "broker",
         "presence",
         "preview",
+        "spool",
+        "forwarding",
         "watch",
         "watchdog",
     },  # and every variant of a seam
