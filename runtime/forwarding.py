@@ -132,9 +132,8 @@ class Forwarding:
                 if letter is None:
                     break
                 then = partial(self._settle, letter.number)
-                if not self._link.publish(
-                    letter.topic, stamped(letter, time.monotonic_ns()), qos=1, lane=Lane.EVENTS, then=then
-                ):
+                told = stamped(letter, time.monotonic_ns())
+                if not self._link.publish(letter.topic, told, qos=1, lane=Lane.EVENTS, then=then):
                     self._settle(letter.number, "refused")
                     break
             finally:

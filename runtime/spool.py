@@ -1,8 +1,8 @@
 """An outbox's letters in a file, so that they outlive the process: SQLite, one table, a write-ahead log.
 
 What `keep` has returned from is on the disk, as surely as SQLite and the disk can tell (`synchronous` is FULL), and
-comes back from `load` after a crash or a power cut. A monotonic clock means something only until the next boot, so every
-row names its boot: a letter of an earlier one has an unknown age, and grows old from now on.
+comes back from `load` after a crash or a power cut. A monotonic clock means something only until the next boot, so
+every row names its boot: a letter of an earlier one has an unknown age, and grows old from now on.
 """
 
 from __future__ import annotations
