@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("export.bench:bench_group", "Measure what a bundle's codecs, exits and variants cost and give."),
     "device": ("runtime.cli:device_command", "Answer camera frames on this board."),
     "node": ("runtime.cli:node_command", "Serve deeper segments to devices or to other nodes."),
+    "events": ("runtime.listen:events_command", "Print what devices tell comes and goes, each event once."),
     "ui": ("runtime.ui:ui_command", "Serve a web page of what cameras see and who answers."),
     "sim": ("runtime.sim:sim_command", "Run device, edge and cloud on this machine."),
     "demo": ("runtime.demo:demo_command", "Show it all on a real clip, with the bundle that ships."),

@@ -105,6 +105,11 @@ def reports(site: str) -> tuple[str, ...]:
     return (*(f"{below}/{kind}" for kind in ("availability", "birth", "stats")), f"{below}/cam/+/+")
 
 
+def events(site: str, device: str | None = None) -> str:
+    """The filter that matches the events of all cameras of one device, or of all devices, of a site."""
+    return f"{ROOT}/{site}/d/{device or '+'}/cam/+/event"
+
+
 def report(topic: str) -> tuple[Subtree, str | None, str] | None:
     """Who tells what: sender, camera (None: of the sender itself) and kind, or None when `topic` is no report."""
     levels = topic.split("/")

@@ -62,7 +62,7 @@ def ui_command(
         listened, site = node.broker, site or node.site
         wanted = node.ui or wanted
     else:
-        listened, site = _broker(broker or ""), site or "home"
+        listened, site = broker_at(broker or ""), site or "home"
     if not topics.valid_id(site):
         raise ConfigError(f"--site {site!r}: must be 1 to 64 letters, digits, '_' or '-'")
     host, port = host or wanted.host, port or wanted.port
@@ -185,7 +185,12 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"the page cannot be served on {host} port {port}: {reason}; choose another one") from error
 
 
-def _broker(text: str) -> BrokerConfig:
+def broker_at(text: str) -> BrokerConfig:
+    """The broker that an option --broker HOST:PORT names.
+
+    Raises:
+        ConfigError: it names none.
+    """
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--broker {text!r}: write it as HOST:PORT, such as 127.0.0.1:1883")

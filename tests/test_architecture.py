@@ -67,7 +67,7 @@ LAYERS = (
     {"device", "node", "taken"},
     {
         *("sim", "simulation", "scenario", "lane", "shaper", "strikes", "processes", "phases", "summary", "live"),
-        *("demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", *UI),
+        *("demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", "listen", *UI),
     },
 )
 SEAMS = ("camera", "codec", "segment", "link", "task", "events")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -110,7 +111,7 @@ def test_while_nobody_listens_one_letter_asks_more_and_more_rarely() -> None:
             mail.settle(number, UNHEARD)
         mail.now_ns += S // 10
     assert {number for number, _ in asked} == {1}
-    pauses = [(after - before) / S for (_, before), (_, after) in zip(asked, asked[1:], strict=False)]
+    pauses = [(after - before) / S for (_, before), (_, after) in pairwise(asked)]
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
     assert PAUSE_MIN_NS == S
     assert PAUSE_MAX_NS == 30 * S
