@@ -28,6 +28,7 @@ CONTRADICTS_RATIO, CONTRADICTS_MS = 0.5, 15.0  # of a frame's own transfer, and 
 LEAST_MS = 1.0  # below this a transfer cannot be told from noise, so goodput is known to be at least so much
 NOISE_MS = 20.0  # a transfer shorter than this, and than how late frames are at times, is not told by one frame
 OUTCOMES = 50
+SILENT_NS = 300_000_000
 MISSES_LOST = 2  # frames in a row without a word from above after which the link counts as lost
 
 
@@ -109,6 +110,7 @@ class LinkEstimator:
         self._passed_ns = self._passed_sent_ns = 0  # of the frame sent last among those answered
         self._fitted_ns = 0  # when sizes last told the round trip
         self._heard_ns: int | None = None
+        self._answered_sent_ns = -1  # when the frame went up that was sent last among those with a word
         self._misses = 0
 
     def replied(self, sent_ns: int, replied_ns: int, size: int, node_ms: float) -> None:
@@ -119,8 +121,9 @@ class LinkEstimator:
         passed_ns = replied_ns - round(max(0.0, node_ms) * 1e6)
         whole_ms = max(0.0, (passed_ns - sent_ns) / 1e6)
         gap_ms = (passed_ns - self._passed_ns) / 1e6
-        gap_ms = gap_ms if gap_ms > 0 else math.inf
-        self._passed_ns, self._passed_sent_ns = passed_ns, sent_ns
+        self._passed_ns, self._passed_sent_ns = max(passed_ns, self._passed_ns), sent_ns
+        if gap_ms <= 0:
+            return  # nodes do not tell their times that exactly
         waited = self._rtt_ms is not None and gap_ms + self._rtt_ms < whole_ms
         ms = gap_ms + (self._rtt_ms or 0.0) if waited else whole_ms
         self._contradict(size, ms)
@@ -131,14 +134,23 @@ class LinkEstimator:
             self._remember_floor(replied_ns, ms)
         self._fit(replied_ns)
 
-    def heard(self, sent_ns: int, now_ns: int) -> None:
-        """A word came that tells no time, as a refusal does."""
+    def heard(self, sent_ns: int, now_ns: int, node_ms: float = 0.0) -> None:
+        """A word came that tells no time, as a refusal does, or the first one after an outage."""
         self._hear(sent_ns, now_ns)
+        if sent_ns > self._passed_sent_ns:
+            self._passed_ns, self._passed_sent_ns = now_ns - round(max(0.0, node_ms) * 1e6), sent_ns
 
-    def missed(self, sent_ns: int) -> None:
+    @property
+    def lost(self) -> bool:
+        """Whether the link counts as lost."""
+        return self._misses >= MISSES_LOST
+
+    def missed(self, sent_ns: int, now_ns: int) -> None:
         """No answer came in time for the frame that went up at `sent_ns`."""
         self._record(sent_ns, answered=False)
-        if self._heard_ns is None or sent_ns > self._heard_ns:  # else the link lives, and this one frame was lost
+        # Where later ones were answered this one was lost; where one was just now, the pipe is full, and alive.
+        silent = self._heard_ns is None or now_ns - self._heard_ns > SILENT_NS
+        if silent and sent_ns > self._answered_sent_ns:
             self._misses += 1
 
     def estimate(self, now_ns: int, waiting_since_ns: int | None = None, waiting_bytes: int = 0) -> LinkEstimate:
@@ -152,7 +164,7 @@ class LinkEstimator:
         age_ms = math.inf if self._heard_ns is None else (now_ns - self._heard_ns) / 1e6
         loss = sum(not answered for answered in self._outcomes.values()) / max(len(self._outcomes), 10)
         if self._rtt_ms is None or self._ms_per_byte is None:
-            return LinkEstimate(None, None, 0.0, loss, lost=self._misses >= MISSES_LOST, age_ms=age_ms)
+            return LinkEstimate(None, None, 0.0, loss, lost=self.lost, age_ms=age_ms)
         ms_per_byte, rtt_ms = self._ms_per_byte, self._rtt_ms
         late = sorted(sample.ms - rtt_ms - sample.size * ms_per_byte for sample in self._samples)
         jitter_ms = max(0.0, late[min(len(late) - 1, int(0.9 * len(late)))]) if len(late) > CONTRADICTIONS else 0.0
@@ -169,15 +181,16 @@ class LinkEstimator:
             rtt_ms=rtt_ms,
             jitter_ms=jitter_ms,
             loss_ratio=loss,
-            lost=self._misses >= MISSES_LOST,
+            lost=self.lost,
             age_ms=age_ms,
             bounded=typical * ms_per_byte <= max(2 * LEAST_MS, jitter_ms),
         )
 
     def _hear(self, sent_ns: int, now_ns: int) -> None:
-        if self._misses >= MISSES_LOST:  # that was an outage; it says nothing of how many frames get lost else
+        if self.lost:  # that was an outage; it says nothing of how many frames get lost else
             self._outcomes.clear()
         self._record(sent_ns, answered=True)
+        self._answered_sent_ns = max(self._answered_sent_ns, sent_ns)
         self._heard_ns = now_ns if self._heard_ns is None else max(self._heard_ns, now_ns)
         self._misses = 0
 

@@ -3,13 +3,14 @@
 | rung               | what it leaves to the planner             | trigger                                | way back   |
 |--------------------|-------------------------------------------|----------------------------------------|------------|
 | full               | everything                                |                                        |            |
-| smaller rate       | half the bytes of a frame at most         | 2 of the last 10 sent frames were late | calm       |
-| deeper local exit  | the deepest cut, a quarter of the bytes   | 4 of the last 10, or 2 after the first | calm       |
+| smaller rate       | half the bytes of a frame at most         | 2 of the last 10 sent frames were late | calm, wide |
+| deeper local exit  | the deepest cut, a quarter of the bytes   | 4 of the last 10, or 2 after the first | calm, wide |
 | local variant only | nothing goes up                           | the link is lost                       | it is back |
 | gate only          | a frame a second; the gate answers others | low voltage, throttling, or hot        | calm       |
 
 Within a rung the planner steps finely by what it predicts; rungs are for what its predictions did not foresee. `calm`
-is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left. A warm board, short
+is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left; `wide` a link that is
+known to be twice as fast as when the rung was taken, which leads back to the full rung at once. A warm board, short
 of a hot one, keeps its rung and does the least work on the device that still sends.
 """
 
@@ -23,6 +24,7 @@ from runtime.thermals import Board
 
 CALM_MS, MAX_CALM_MS = 4000.0, 64_000.0
 COOL_CELSIUS = 5.0  # below the trigger before it counts as gone
+WIDER = 2.0  # times the goodput that there was when a rung was taken
 RECENT = 10  # frames sent
 LATE_SMALLER, LATE_DEEPER = 2, 4
 OUTDATED_NS = 10_000_000_000  # what was late so long ago is no trigger any more
@@ -54,7 +56,7 @@ class Ladder:
         self._recent: deque[tuple[int, bool]] = deque(maxlen=RECENT)
         self._rung = FULL
         self._reason = ""
-        self._bytes = math.inf  # of a frame, when the rung was taken
+        self._bytes = self._goodput = math.inf  # of a frame, and of the link, when the rung was taken
         self._seen_ns = 0  # when the trigger of this rung was last there
         self._left_ns: int | None = None
         self._calm_ms = CALM_MS
@@ -64,7 +66,9 @@ class Ladder:
         """A frame that went up was answered, or not in time."""
         self._recent.append((now_ns, late))
 
-    def step(self, now_ns: int, *, lost: str | None, board: Board | None, bytes_now: float) -> Limits:
+    def step(
+        self, now_ns: int, *, lost: str | None, board: Board | None, bytes_now: float, goodput: float | None = None
+    ) -> Limits:
         """Where to stand now.
 
         Args:
@@ -72,6 +76,7 @@ class Ladder:
             lost: why the link counts as lost, in words; None: it does not.
             board: heat and power of the board; None: it says nothing.
             bytes_now: mean bytes of a frame by the plan in force; what "half" refers to.
+            goodput: of the link as it is known now, bytes a second.
         """
         wanted, reason = self._trigger(now_ns, lost, board)
         if wanted > self._rung or (wanted == self._rung and wanted != FULL):
@@ -81,8 +86,11 @@ class Ladder:
                     self._calm_ms = min(MAX_CALM_MS, 2 * self._calm_ms) if soon else CALM_MS
                     self._bytes = bytes_now if bytes_now > 0 else math.inf
                 self._rung = wanted
+                self._goodput = goodput or math.inf
                 self._recent.clear()
             self._seen_ns, self._reason = now_ns, reason
+        elif wanted == FULL and self._rung in (SMALLER, DEEPER) and (goodput or 0.0) >= WIDER * self._goodput:
+            self._rung, self._left_ns, self._reason = FULL, now_ns, ""
         elif wanted < self._rung and (self._rung == LOCAL or now_ns - self._seen_ns >= self._calm_ms * 1e6):
             if self._rung == LOCAL:
                 self._recent.clear()  # what was late then is no news

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from runtime.estimates import LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
+from runtime.estimates import LinkEstimate, LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
 from runtime.ladder import FREE, Ladder, Limits
 from runtime.objective import Objective
 from runtime.plan_rates import Way
@@ -22,6 +22,7 @@ FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spa
 FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
 PROBE_SHARE = 0.05  # of the bytes allowed
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
+PLAN_MS = 100.0  # between two plans where nothing happened that cannot wait
 LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
 WORK_SHARE = 0.75  # quantile of own work that is planned with
@@ -69,6 +70,8 @@ class Pilot:
         self._answered_ns = 0  # when the frame went up that was last answered
         self._ladder = Ladder(warm_celsius=objective.warm_celsius, hot_celsius=objective.hot_celsius)
         self.limits: Limits = FREE
+        self._news, self._planned_ns = True, 0
+        self._seen: tuple[bool, Board | None] = True, None
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
         self.known = self._estimates(0)
@@ -104,35 +107,62 @@ class Pilot:
         frame = self._flying.pop(sent_ns, None)
         self._answered_ns = max(self._answered_ns, sent_ns)
         self._silent_ms = FIRST_PROBE_MS
-        if frame is None or timings is None or (now_ns - sent_ns) / 1e6 > LATE_MS:
-            self._link.heard(sent_ns, now_ns)
+        lost = self._link.lost
+        self._news |= lost or late
+        if frame is None or timings is None or lost or (now_ns - sent_ns) / 1e6 > LATE_MS:
+            # The first word after an outage was held up by that; those behind it in the pipe tell how fast it is.
+            self._link.heard(sent_ns, now_ns, sum((timings or {}).values()))
             return
         self._link.replied(sent_ns, now_ns, frame.size, sum(timings.values()))
         self._above.took(node_stages(timings), now_ns)
-        if not frame.probe and not frame.missed:
+        if self._tells(sent_ns, frame) and not frame.missed:
             self._ladder.sent(now_ns, late=late)
 
     def missed(self, sent_ns: int, now_ns: int) -> None:
         """No answer came in time for the frame that went up at `sent_ns`."""
-        self._link.missed(sent_ns)
         frame = self._flying.get(sent_ns)
+        if frame is not None and frame.missed:
+            return
+        self._link.missed(sent_ns, now_ns)
+        self._news = True
         if frame is None:
             return
         frame.missed = True
-        if not frame.probe:
+        # One that later ones overtook was lost, which is foreseen: it is in the link's share of losses.
+        if self._tells(sent_ns, frame) and sent_ns > self._answered_ns:
             self._ladder.sent(now_ns, late=True)
+
+    def _tells(self, sent_ns: int, frame: _Flying) -> bool:
+        """Whether a frame's lateness speaks against the plan in force: it went up by that plan."""
+        return not frame.probe and sent_ns >= self.decision.since_ns
+
+    def _overdue(self, now_ns: int) -> None:
+        """Give up early what can only come back too late, as an outage should show before a budget has ended."""
+        link = self.known.link
+        after_ms = max(self.limit_ms, 2 * ((link.rtt_ms or 0.0) + link.jitter_ms))
+        for sent_ns, frame in list(self._flying.items()):
+            if now_ns - sent_ns <= after_ms * 1e6:
+                break
+            if not frame.missed:
+                self.missed(sent_ns, now_ns)
 
     def reconnected(self) -> None:
         """The connection is another one: what was on its way is gone."""
         self._flying.clear()
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
+        self._news = True
 
     def compared(self, exit_cut: int, *, same: bool) -> None:
         """The local exit said the same as what came from above, or not, of a frame it was not sure of."""
         self._alike.setdefault(exit_cut, deque(maxlen=200)).append(same)
 
     def step(self, now_ns: int, *, connected: bool = True, board: Board | None = None) -> bool:
-        """Think again. Returns whether the decision is another one now."""
+        """Think again, where there is news or the last thought is `PLAN_MS` old. Returns whether the decision is new."""
+        self._overdue(now_ns)
+        seen = connected, board
+        if not self._news and seen == self._seen and now_ns - self._planned_ns < PLAN_MS * 1e6:
+            return False
+        self._news, self._seen, self._planned_ns = False, seen, now_ns
         self.known = known = self._estimates(now_ns)
         lost = None
         if not connected:
@@ -140,7 +170,9 @@ class Pilot:
         elif known.link.lost:
             silent = known.link.age_ms / 1000
             lost = "nothing has ever come back" if math.isinf(silent) else f"nothing has come back for {silent:.1f} s"
-        self.limits = self._ladder.step(now_ns, lost=lost, board=board, bytes_now=self.decision.bytes)
+        self.limits = self._ladder.step(
+            now_ns, lost=lost, board=board, bytes_now=self.decision.bytes, goodput=known.link.goodput
+        )
         before = self.decision
         self.decision = plan(
             self.tables, known, self.objective, now_ns, before, budget_ms=self._budget_ms, limits=self.limits
@@ -184,6 +216,9 @@ class Pilot:
             return None
         kept = self.decision.candidate.way is None or self.known.link.lost
         if now_ns >= self._silent_ns and (kept or self._unheard(now_ns)):
+            if not (self.known.link.lost or self._worth()):
+                self._silent_ns = now_ns + round(SILENT_PROBE_MS * 1e6)
+                return None
             found = probe(
                 self.tables, self.known, self.objective, self.decision, budget_ms=self._budget_ms, limits=SILENT
             )
@@ -202,6 +237,12 @@ class Pilot:
             return None
         self._reach_ns = now_ns + round(self._spaced(found.way, self._reach_ms) * 1e6)
         return Probe(found, copy=False)
+
+    def _worth(self) -> bool:
+        """Whether there is a link so good that something would go up, were nothing else in the way."""
+        known = replace(self.known, link=IDEAL)
+        best = plan(self.tables, known, self.objective, 0, None, budget_ms=self._budget_ms)
+        return best.candidate.way is not None
 
     def _spaced(self, way: Way, least_ms: float) -> float:
         """Milliseconds between probes of this size so that they take their share of the bytes at most."""
@@ -240,3 +281,4 @@ class Pilot:
 
 
 SILENT = Limits(sends=False)
+IDEAL = LinkEstimate(1e9, 0.0, 0.0, 0.0, lost=False, age_ms=0.0)

@@ -105,7 +105,9 @@ def plan(
     if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
         return stays
     wished_ns = now_ns if current.wished_ns is None else current.wished_ns
-    if now_ns - wished_ns < hold_ms * 1e6:
+    # The way back from a rung has been waited for already, unless it was taken back soon the last time.
+    returns = current.reason == current.rung != limits.rung and hold_ms <= HOLD_MS
+    if now_ns - wished_ns < hold_ms * 1e6 and not returns:
         return replace(stays, wished_ns=wished_ns)
     why = (
         f"{_change(tables.candidates[here], tables.candidates[safe])}: "

@@ -122,9 +122,9 @@ def test_one_straggler_changes_little(place: int, extra_ms: float) -> None:
 def test_two_frames_without_a_word_and_the_link_is_lost_until_one_comes() -> None:
     link = LinkEstimator()
     feed(link, Pipe(100e3, 50), start_s=1, seconds=1, sizes=(1000, 4000))
-    link.missed(3 * SECOND)
+    link.missed(3 * SECOND, 4 * SECOND)
     assert not link.estimate(5 * SECOND).lost
-    link.missed(round(3.1 * SECOND))
+    link.missed(round(3.1 * SECOND), 4 * SECOND)
     assert link.estimate(5 * SECOND).lost
     link.replied(3 * SECOND, 9 * SECOND, 1000, 0.0)  # late, but it lives
     assert not link.estimate(9 * SECOND).lost
@@ -138,7 +138,7 @@ def test_a_frame_that_later_ones_overtook_is_a_loss_and_no_outage() -> None:
             continue
         link.replied(sent_ns, sent_ns + 60 * MS, 1000, 0.0)
     for n in range(5, 50, 10):
-        link.missed(SECOND + n * 100 * MS)
+        link.missed(SECOND + n * 100 * MS, 9 * SECOND)
     known = link.estimate(10 * SECOND)
     assert not known.lost
     assert known.loss_ratio == pytest.approx(0.1, abs=0.01)

@@ -153,3 +153,22 @@ def test_a_board_is_read_by_a_command(tmp_path: Path) -> None:
 
 def test_a_machine_that_says_nothing_says_nothing(tmp_path: Path) -> None:
     assert Thermals(tmp_path, (str(tmp_path / "missing"),)).read() is None
+
+
+def test_a_link_twice_as_fast_leads_back_at_once() -> None:
+    steps = ladder()
+
+    def known(at_s: float, goodput: float) -> Limits:
+        return steps.step(round(at_s * SECOND), lost=None, board=COOL, bytes_now=1000.0, goodput=goodput)
+
+    for at in (1.0, 1.1):
+        steps.sent(round(at * SECOND), late=True)
+    assert known(1.2, 10e3).rung == "smaller rate"
+    assert known(1.5, 19e3).rung == "smaller rate"
+    assert known(1.6, 21e3) == Limits()
+    # A way back that was too soon makes the next one longer.
+    for at in (1.7, 1.8):
+        steps.sent(round(at * SECOND), late=True)
+    assert known(1.9, 21e3).rung == "smaller rate"
+    assert known(6.5, 21e3).rung == "smaller rate"
+    assert known(10.5, 21e3).rung == "full"

@@ -106,3 +106,59 @@ def test_what_a_local_exit_says_counts_once_it_was_compared() -> None:
         flown.compared(2, same=number % 4 != 0)
     flown.step(1)
     assert flown.known.local_agreement == {2: pytest.approx(0.75)}
+
+
+def test_what_can_only_come_too_late_is_given_up_before_its_budget_ends() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 8)
+    for extra in (1, 70):
+        flown.sent((now + extra) * MS, 1000, WAY, encode_ms=3.0)
+    flown.step((now + 390) * MS)
+    assert flown.limits.sends
+    flown.step((now + 480) * MS)
+    assert flown.limits.rung == "local variant only"
+    assert flown.decision.candidate.way is None
+    # The first word was held up by the outage: it brings the link back, and says nothing of how fast it is.
+    before = flown.known.link
+    flown.replied((now + 1) * MS, (now + 3000) * MS, NODE, late=True)
+    assert flown.step((now + 3000) * MS)
+    assert flown.limits.sends
+    assert flown.decision.candidate.way is not None
+    assert flown.known.link.rtt_ms == before.rtt_ms
+    assert flown.known.link.jitter_ms < 50
+
+
+def test_frames_that_later_ones_overtook_step_nothing_down() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 8)
+    rung = flown.decision
+    for number in range(40):
+        sent = (now + 100 * number) * MS
+        flown.sent(sent, 1000, WAY, encode_ms=3.0)
+        if number % 4:
+            flown.replied(sent, sent + 130 * MS, NODE)
+        flown.step(sent + 140 * MS)
+    assert flown.limits.rung == "full"
+    assert flown.known.link.loss_ratio > 0.1
+    assert flown.decision.candidate.way == rung.candidate.way
+
+
+def test_nothing_new_is_not_thought_about_again_for_a_while() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 8)
+    flown.step((now + 200) * MS)
+    known = flown.known
+    flown.step((now + 290) * MS)
+    assert flown.known is known
+    flown.step((now + 301) * MS)
+    assert flown.known is not known
+
+
+def test_where_the_device_alone_is_best_nothing_goes_up_to_learn() -> None:
+    tables = Tables(planned(exits=False), overhead_bytes=60, deepest=2, above=2, rows=())
+    objective = Objective(optimize="bytes", min_agreement=0.9)
+    flown = Pilot(tables, objective, budget_ms=2000, stage_ms={**STAGES, "segment2": 20.0})
+    assert flown.decision.candidate.way is None
+    for at in range(1, 20):
+        flown.step(at * 1000 * MS)
+        assert flown.probing(at * 1000 * MS) is None
