@@ -2,97 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
-import cv2
-import msgspec
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from runtime import manifest
 from runtime.config import BrokerConfig, CameraConfig, DeviceConfig, EventsConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, Result
 from runtime.device import Device
 from runtime.gate_spec import GateSpec
 from runtime.link import open_link
-from runtime.manifest import ExitSpec, FileSpec, SegmentSpec, TierSpec
+from tests.lamp_bundle import as_lamp, pictures
 
-SIDE = 16
 TREE = "kinflow/v1/home/d/board/cam/porch"
-
-
-def lamp_detector() -> bytes:
-    """One box in the middle whose score is the picture's mean brightness: uint8 (n, 16, 16, 3) to (n, 2, 6)."""
-    box = np.array([[[0.25, 0.25, 0.75, 0.75, 0, 0], [0, 0, 0, 0, 0, 0]]], np.float32)
-    score = np.array([[[0, 0, 0, 0, 1 / 255, 0], [0, 0, 0, 0, 0, 0]]], np.float32)
-    nodes = [
-        helper.make_node("Cast", ["in"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["float"], ["mean"], axes=[1, 2, 3], keepdims=0),
-        helper.make_node("Reshape", ["mean", "shape"], ["column"]),
-        helper.make_node("Mul", ["column", "score"], ["scores"]),
-        helper.make_node("Add", ["scores", "box"], ["out"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "lamp",
-        [helper.make_tensor_value_info("in", TensorProto.UINT8, ["N", SIDE, SIDE, 3])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["N", 2, 6])],
-        [
-            numpy_helper.from_array(np.array([-1, 1, 1], np.int64), "shape"),
-            numpy_helper.from_array(box, "box"),
-            numpy_helper.from_array(score, "score"),
-        ],
-    )
-    data: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9
-    ).SerializeToString()
-    onnx.checker.check_model(onnx.load_model_from_string(data))
-    return data
 
 
 @pytest.fixture
 def lamp(tiny_bundle: Path) -> Path:
     """The tiny bundle as a detector of one segment."""
-    return with_gate(tiny_bundle, None)
-
-
-def with_gate(path: Path, gate: GateSpec | None) -> Path:
-    made = manifest.load(path).manifest
-    for name, data in {"segments/0.onnx": lamp_detector(), made.labels: b"lamp\n"}.items():
-        (path / name).write_bytes(data)
-    kept = [made.labels, made.golden, "segments/0.onnx"]
-    files = {name: (path / name).read_bytes() for name in kept}
-    changed = msgspec.structs.replace(
-        made,
-        task="detect",
-        settings={"score_threshold": 0.5},
-        gate=gate,
-        segments=(SegmentSpec(file="segments/0.onnx", macs=1, max_batch_size=8),),
-        cuts=(made.cuts[0], msgspec.structs.replace(made.cuts[-1], shape=(2, 6))),
-        exits=(ExitSpec(cut=1, file=None, temperature=1.0, threshold=0.0, agreement=1.0),),
-        tiers=(TierSpec(name="device", last_segment=0),),
-        files=tuple(
-            FileSpec(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            for name, data in files.items()
-        ),
-    )
-    manifest.save(changed, path)
-    return path
-
-
-def pictures(folder: Path, brightness: list[int]) -> Path:
-    """64x48 pixels each; at 10 frames a second."""
-    folder.mkdir()
-    for number, value in enumerate(brightness):
-        cv2.imwrite(str(folder / f"{number:03}.png"), np.full((48, 64, 3), value, np.uint8))
-    return folder
+    return as_lamp(tiny_bundle)
 
 
 def run(
@@ -142,6 +73,9 @@ def test_what_is_there_at_the_end_ends_as_stopping(lamp: Path, tmp_path: Path, m
     _, heard, _ = run(lamp, pictures(tmp_path / "on", [200] * 6), memory_broker)
     told = [message for kind, message in heard if kind == "event"]
     assert [(event["type"], event["reason"]) for event in told] == [("new", None), ("end", "stopping")]
+    assert [event["sequence"] for event in told] == [1, 2]
+    assert len({event["session"] for event in told}) == 1
+    assert all(0 <= event["age_ms"] < 2000 for event in told)
     assert heard[-1] == ("state", {"camera": "porch", "frame": 5, "count": None, "total": None, "ids": {}})
 
 
@@ -167,7 +101,7 @@ def test_labels_are_told_only_when_asked_for(shared_bundle: Path, tmp_path: Path
 def test_a_still_picture_is_answered_by_repetition_and_says_so(
     lamp: Path, tmp_path: Path, memory_broker: BrokerConfig
 ) -> None:
-    bundle = with_gate(lamp, GateSpec(threshold=8.0))
+    bundle = as_lamp(lamp, GateSpec(threshold=8.0))
     source = pictures(tmp_path / "lamp", [10] * 10 + [200] * 10)
     results, _, counters = run(bundle, source, memory_broker)
     repeats = [result for result in results if result.repeats is not None]
@@ -194,9 +128,7 @@ def test_the_gate_obeys_the_settings(
     lamp: Path, tmp_path: Path, memory_broker: BrokerConfig, gate: str | float, repeats: bool
 ) -> None:
     """auto: this bundle has none that was shown to keep anything."""
-    bundle = with_gate(
-        lamp, GateSpec(threshold=None, note="too few frames") if gate == "auto" else GateSpec(threshold=8)
-    )
+    bundle = as_lamp(lamp, GateSpec(threshold=None, note="too few frames") if gate == "auto" else GateSpec(threshold=8))
     results, _, _ = run(bundle, pictures(tmp_path / "on", [200] * 6), memory_broker, gate=gate)
     assert any(result.repeats is not None for result in results) == repeats
     assert all(result.agreement is None for result in results if result.repeats is not None)
