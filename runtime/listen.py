@@ -39,7 +39,8 @@ CONNECT_TIMEOUT_S = 5.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.25, 5.0
 TURN_S = 0.25
 DAY_S = 86_400
-TAKEN_OVER = 0x8E  # MQTT 5: another client has connected with this client's id
+STEADY_S = 1.0  # a connection that has lived so long was a good one
+SHORT_IN_A_ROW = 3
 FIVE, THREE = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
 
 
@@ -220,15 +221,22 @@ class Listener:
             LinkError: the broker refuses us, so trying again cannot help.
         """
         pause_s = PAUSE_MIN_S
+        short = 0  # connections in a row that were accepted and soon lost
         while not stop.is_set():
             self._acknowledged = False
+            start_s = time.monotonic()
             self._serve(stop)
             if self._fatal:
                 raise LinkError(self._fatal)
             if not self._acknowledged and self._broker.version == "auto":
                 # A broker without MQTT 5 may just hang up, so the two versions take turns until one is accepted.
                 self._protocol = THREE if self._protocol == FIVE else FIVE
-            pause_s = PAUSE_MIN_S if self._acknowledged else min(pause_s * 2, PAUSE_MAX_S)
+            short = short + 1 if self._acknowledged and time.monotonic() - start_s < STEADY_S else 0
+            if short == SHORT_IN_A_ROW and not stop.is_set():
+                other = "does another client use this name? give one of them another by --id"
+                log.warning("%s is dropped soon after it is accepted; %s", self._name, other)
+            good = self._acknowledged and short < SHORT_IN_A_ROW
+            pause_s = PAUSE_MIN_S if good else min(pause_s * 2, PAUSE_MAX_S)
             stop.wait(pause_s * random.uniform(0.5, 1.0))
 
     def _serve(self, stop: threading.Event) -> None:
@@ -269,7 +277,6 @@ class Listener:
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
         client.on_message = self._received
-        client.on_disconnect = self._disconnected
         return client
 
     def _connected(
@@ -292,12 +299,6 @@ class Listener:
 
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         self._hear(message.topic, bytes(message.payload))
-
-    def _disconnected(
-        self, client: Client, userdata: object, flags: object, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        if reason.value == TAKEN_OVER:
-            self._fatal = f"another client has taken the name {self._name}; give one of them another by --id"
 
     def _say(self, problem: str) -> None:
         # The same sentence every few seconds helps nobody.
