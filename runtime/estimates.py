@@ -16,11 +16,16 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 MEMORY_NS = 4_000_000_000  # of frames in the fit of a link
 FLOOR_NS = 60_000_000_000  # of the shortest round trip
 FITTED_NS = 10_000_000_000  # of a round trip that sizes told
 SAMPLES = 24
+ENOUGH, FIT_NS = 8, 100_000_000  # frames from which on, and how often, a fit without contradictions is made anew
 PAIRS = 6  # of frames with sizes apart, fewer do not tell a slope
 APART = 1.3  # ratio of two sizes that are apart
 CONTRADICTIONS = 3
@@ -108,31 +113,39 @@ class LinkEstimator:
         self._ms_per_byte: float | None = None
         self._against = 0  # frames in a row that contradict the fit: how many, later ones positive
         self._passed_ns = self._passed_sent_ns = 0  # of the frame sent last among those answered
+        self._fit_ns = 0
         self._fitted_ns = 0  # when sizes last told the round trip
         self._heard_ns: int | None = None
         self._answered_sent_ns = -1  # when the frame went up that was sent last among those with a word
         self._misses = 0
 
-    def replied(self, sent_ns: int, replied_ns: int, size: int, node_ms: float) -> None:
-        """An answer came, in time or late, for a frame of `size` bytes that went up at `sent_ns`."""
+    def replied(self, sent_ns: int, replied_ns: int, size: int, node_ms: float) -> bool:
+        """An answer came, in time or late, for a frame of `size` bytes that went up at `sent_ns`.
+
+        Returns:
+            Whether what was known has become obsolete by it.
+        """
         self._hear(sent_ns, replied_ns)
         if sent_ns <= self._passed_sent_ns:
-            return  # later ones overtook it, so what held it up was not the pipe
+            return False  # later ones overtook it, so what held it up was not the pipe
         passed_ns = replied_ns - round(max(0.0, node_ms) * 1e6)
         whole_ms = max(0.0, (passed_ns - sent_ns) / 1e6)
         gap_ms = (passed_ns - self._passed_ns) / 1e6
         self._passed_ns, self._passed_sent_ns = max(passed_ns, self._passed_ns), sent_ns
         if gap_ms <= 0:
-            return  # nodes do not tell their times that exactly
+            return False  # nodes do not tell their times that exactly
         waited = self._rtt_ms is not None and gap_ms + self._rtt_ms < whole_ms
         ms = gap_ms + (self._rtt_ms or 0.0) if waited else whole_ms
-        self._contradict(size, ms)
+        obsolete = self._contradict(size, ms)
         self._samples.append(_Sample(replied_ns, size, whole_ms, ms, gap_ms if waited else None))
         while self._samples and self._samples[0].at_ns < replied_ns - MEMORY_NS and len(self._samples) > CONTRADICTIONS:
             self._samples.popleft()
         if not waited:
             self._remember_floor(replied_ns, ms)
-        self._fit(replied_ns)
+        if obsolete or self._against or len(self._samples) < ENOUGH or replied_ns - self._fit_ns >= FIT_NS:
+            self._fit_ns = replied_ns
+            self._fit(replied_ns)
+        return obsolete
 
     def heard(self, sent_ns: int, now_ns: int, node_ms: float = 0.0) -> None:
         """A word came that tells no time, as a refusal does, or the first one after an outage."""
@@ -199,20 +212,22 @@ class LinkEstimator:
         while len(self._outcomes) > OUTCOMES:
             self._outcomes.popitem(last=False)
 
-    def _contradict(self, size: int, ms: float) -> None:
+    def _contradict(self, size: int, ms: float) -> bool:
         """Forget what was known when frame after frame says otherwise, all in the same direction."""
         if self._rtt_ms is None or self._ms_per_byte is None:
-            return
+            return False
         off_ms = ms - self._rtt_ms - size * self._ms_per_byte
         if abs(off_ms) <= CONTRADICTS_RATIO * size * self._ms_per_byte + CONTRADICTS_MS:
             self._against = 0
-            return
+            return False
         direction = 1 if off_ms > 0 else -1
         self._against = self._against + direction if self._against * direction > 0 else direction
-        if abs(self._against) >= CONTRADICTIONS:
-            self._against = 0
-            while len(self._samples) >= CONTRADICTIONS:
-                self._samples.popleft()
+        if abs(self._against) < CONTRADICTIONS:
+            return False
+        self._against = 0
+        while len(self._samples) >= CONTRADICTIONS:
+            self._samples.popleft()
+        return True
 
     def _remember_floor(self, now_ns: int, ms: float) -> None:
         while self._floors and self._floors[-1][1] >= ms:
@@ -255,19 +270,19 @@ class LinkEstimator:
 
     def _fit_sizes(self) -> _Fit | None:
         """What sizes alone say, were none of the frames kept waiting; None where too few are apart."""
-        samples = list(self._samples)
-        slopes = sorted(
-            (one.whole_ms - other.whole_ms) / (one.size - other.size)
-            for place, one in enumerate(samples)
-            for other in samples[:place]
-            if max(one.size, other.size) >= APART * min(one.size, other.size)
-        )
-        if len(slopes) < PAIRS:
+        sizes = np.array([sample.size for sample in self._samples], np.float64)
+        whole_ms = np.array([sample.whole_ms for sample in self._samples])
+        one, other = _pairs(len(sizes))
+        apart = np.maximum(sizes[one], sizes[other]) >= APART * np.minimum(sizes[one], sizes[other])
+        one, other = one[apart], other[apart]
+        if len(one) < PAIRS:
             return None
-        low, slope, high = (slopes[len(slopes) * quarter // 4] for quarter in (1, 2, 3))
+        slopes = np.sort((whole_ms[one] - whole_ms[other]) / (sizes[one] - sizes[other]))
+        low, slope, high = (float(slopes[len(slopes) * quarter // 4]) for quarter in (1, 2, 3))
         slope = max(0.0, slope)
-        rtt_ms = max(0.0, _median([sample.whole_ms - sample.size * slope for sample in samples]))
-        unlike_ms = _median([abs(sample.whole_ms - rtt_ms - sample.size * slope) for sample in samples])
+        rest_ms = whole_ms - sizes * slope
+        rtt_ms = max(0.0, _median(rest_ms.tolist()))
+        unlike_ms = _median(np.abs(rest_ms - rtt_ms).tolist())
         return _Fit(rtt_ms, slope, high - low, unlike_ms)
 
 
@@ -325,6 +340,13 @@ class RateEstimator:
         """None: not known yet."""
         gap_s = self._gaps.quantile(0.5)
         return None if gap_s is None or gap_s <= 0 else 1 / gap_s
+
+
+@lru_cache(maxsize=2 * SAMPLES)
+def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Each of `count` with each after it, as two arrays of indices."""
+    one, other = np.triu_indices(count, 1)
+    return one, other
 
 
 def _median(values: list[float]) -> float:

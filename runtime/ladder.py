@@ -9,9 +9,9 @@
 | gate only          | a frame a second; the gate answers others | low voltage, throttling, or hot        | calm       |
 
 Within a rung the planner steps finely by what it predicts; rungs are for what its predictions did not foresee. `calm`
-is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left; `wide` a link that is
-known to be twice as fast as when the rung was taken, which leads back to the full rung at once. A warm board, short
-of a hot one, keeps its rung and does the least work on the device that still sends.
+is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left; `wide` a link known
+to be twice as fast as when the rung was taken, which leads back to the full rung at once. A warm board, short of a hot
+one, keeps its rung and does the least work on the device that still sends.
 """
 
 from __future__ import annotations

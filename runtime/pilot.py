@@ -22,7 +22,7 @@ FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spa
 FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
 PROBE_SHARE = 0.05  # of the bytes allowed
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
-PLAN_MS = 100.0  # between two plans where nothing happened that cannot wait
+PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
 LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
 WORK_SHARE = 0.75  # quantile of own work that is planned with
@@ -113,7 +113,7 @@ class Pilot:
             # The first word after an outage was held up by that; those behind it in the pipe tell how fast it is.
             self._link.heard(sent_ns, now_ns, sum((timings or {}).values()))
             return
-        self._link.replied(sent_ns, now_ns, frame.size, sum(timings.values()))
+        self._news |= self._link.replied(sent_ns, now_ns, frame.size, sum(timings.values()))
         self._above.took(node_stages(timings), now_ns)
         if self._tells(sent_ns, frame) and not frame.missed:
             self._ladder.sent(now_ns, late=late)
@@ -157,7 +157,7 @@ class Pilot:
         self._alike.setdefault(exit_cut, deque(maxlen=200)).append(same)
 
     def step(self, now_ns: int, *, connected: bool = True, board: Board | None = None) -> bool:
-        """Think again, where there is news or the last thought is `PLAN_MS` old. Returns whether the decision is new."""
+        """Think again, if there is news or `PLAN_MS` have passed. Returns whether the decision is another one now."""
         self._overdue(now_ns)
         seen = connected, board
         if not self._news and seen == self._seen and now_ns - self._planned_ns < PLAN_MS * 1e6:
