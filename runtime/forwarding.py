@@ -59,6 +59,7 @@ class Forwarding:
         self._wake = wake
         self._putting = threading.Lock()  # guards numbers and the file
         self._sending = threading.Lock()  # held by whoever hands letters to the link
+        self._asked = False  # there may be more to send than whoever holds it has seen
         self._settled = threading.Condition()  # guards what follows
         limits = Limits(config.store_messages, config.store_bytes, int(config.store_s * 1e9), config.drain_per_second)
         self._outbox = Outbox(limits, self._left)
@@ -125,19 +126,23 @@ class Forwarding:
                 kept.close()
 
     def _drain(self) -> None:
-        """Hand letters to the link as long as one is due, unless another thread does so already."""
-        while self._link.connected and self._sending.acquire(blocking=False):
+        """Hand letters to the link as long as one is due; if another thread does so already, it takes ours along."""
+        self._asked = True
+        while self._asked and self._link.connected and self._sending.acquire(blocking=False):
             try:
-                letter = self._take()
-                if letter is None:
-                    break
-                then = partial(self._settle, letter.number)
-                told = stamped(letter, time.monotonic_ns())
-                if not self._link.publish(letter.topic, told, qos=1, lane=Lane.EVENTS, then=then):
-                    self._settle(letter.number, "refused")
-                    break
+                self._asked = False
+                while (letter := self._take()) is not None and self._publish(letter):
+                    pass
             finally:
                 self._sending.release()
+
+    def _publish(self, letter: Letter) -> bool:
+        then = partial(self._settle, letter.number)
+        told = stamped(letter, time.monotonic_ns())
+        accepted = self._link.publish(letter.topic, told, qos=1, lane=Lane.EVENTS, then=then) > 0
+        if not accepted:
+            self._settle(letter.number, "refused")
+        return accepted
 
     def _take(self) -> Letter | None:
         with self._settled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -117,6 +118,21 @@ def test_what_nobody_hears_is_kept_until_somebody_listens(
     assert heard == []  # it asks again after a pause
     one.forwarding.close()
     assert numbers(heard) == [("a", 1), ("a", 2), ("a", 3)]
+    assert one.count("events_stored") == 0
+
+
+def test_order_holds_when_many_threads_tell_events(
+    run: Callable[..., Run], listen: Callable[[], list[dict[str, Any]]]
+) -> None:
+    heard = listen()
+    one = run()
+    one.link.start()
+    threads = [threading.Thread(target=one.tell, args=(300,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        one.forwarding.tend()
+    assert numbers(heard) == [("a", number) for number in range(1, 1201)]
     assert one.count("events_stored") == 0
 
 
