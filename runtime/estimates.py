@@ -154,6 +154,11 @@ class LinkEstimator:
             self._passed_ns, self._passed_sent_ns = now_ns - round(max(0.0, node_ms) * 1e6), sent_ns
 
     @property
+    def free_ns(self) -> float:
+        """When the last frame that was answered had passed the pipe, on the way up."""
+        return self._passed_ns - (self._rtt_ms or 0.0) * 1e6
+
+    @property
     def lost(self) -> bool:
         """Whether the link counts as lost."""
         return self._misses >= MISSES_LOST

@@ -21,6 +21,7 @@ from runtime.thermals import Board
 FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spacing doubles from one to the other
 FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
 PROBE_SHARE = 0.05  # of the bytes allowed
+LEAST_FLYING = 2  # frames that may be on their way at any rate
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
 PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
 LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
@@ -190,14 +191,12 @@ class Pilot:
         if way is None or usual is None or link.goodput is None:
             return age_ms
         size = usual[0] * self.known.bytes_ratio.get(way.codec, (1.0, 1.0))[0]
-        free_ns = float(now_ns)
         # What went up before has to pass first; each takes its time from when the pipe was free.
-        passed_ns = 0.0
+        passed_ns = self._link.free_ns
         for sent_ns, frame in self._flying.items():
             if sent_ns > self._answered_ns:
                 passed_ns = max(passed_ns, sent_ns) + frame.size / link.goodput * 1e9
-        free_ns = max(free_ns, passed_ns)
-        wait_ms = (free_ns - now_ns) / 1e6 + size / link.goodput * 1000
+        wait_ms = max(0.0, passed_ns - now_ns) / 1e6 + size / link.goodput * 1000
         encode_ms = self.known.stage_ms.get(encode_stage(way), 0.0)
         above_ms = sum(ms for stage, ms in self.known.node_ms.items() if stage == "rest" or int(stage[7:]) >= way.cut)
         return age_ms + encode_ms + wait_ms + (link.rtt_ms or 0.0) + above_ms
@@ -205,6 +204,12 @@ class Pilot:
     def too_late(self, now_ns: int, captured_ns: int) -> bool:
         """Whether an answer from above would come after the limit on its age."""
         return self.arrival_ms(now_ns, captured_ns) > self.limit_ms
+
+    def full(self) -> bool:
+        """Whether as many frames are on their way as can come back in time: rate times time (Little's law)."""
+        rate = self.known.frames_per_second
+        flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
+        return flying >= max(LEAST_FLYING, math.ceil(rate * self.limit_ms / 1000) + 1)
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
         """How to send this frame to learn something, though the plan would not; None: not now.
