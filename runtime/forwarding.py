@@ -109,10 +109,10 @@ class Forwarding:
         with self._settled:
             self._outbox.ask_now()
             self._silent = False  # one more try
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and self._link.connected:
             self._drain()
             with self._settled:
-                if not len(self._outbox) or self._silent or not self._link.connected:
+                if not len(self._outbox) or self._silent:
                     break
                 self._settled.wait(0.05)
         with self._putting:
