@@ -98,6 +98,9 @@ class Forwarding:
         """Send what is due; to be called a few times a second."""
         self._drain()
         now_ns = time.monotonic_ns()
+        with self._settled:
+            self._outbox.expire(now_ns)  # with no connection, nothing else would
+            self._count()
         if self._gone and (now_ns >= self._next_tidy_ns or len(self._gone) >= TIDY_ROWS):
             self._next_tidy_ns = now_ns + int(TIDY_S * 1e9)
             with self._putting:
@@ -123,7 +126,8 @@ class Forwarding:
                     self._outbox.give_up("stopping")
                     self._count()
             if kept is not None:
-                kept.close()
+                with contextlib.suppress(OSError):
+                    kept.close()
 
     def _drain(self) -> None:
         """Hand letters to the link as long as one is due; if another thread does so already, it takes ours along."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_without_a_broker_for_good_the_newest_are_kept_and_the_rest_is_counted(r
     one.forwarding.close()
     assert one.count('events_lost_total{reason="stopping"}') == 10
     assert one.count("events_stored") == 0
+
+
+def test_events_grow_too_old_without_a_connection_too(run: Callable[..., Run]) -> None:
+    one = run(store_s=0.05)
+    one.tell(3)
+    time.sleep(0.1)
+    one.tell(1)
+    one.forwarding.tend()
+    assert one.count('events_lost_total{reason="old"}') == 3
+    assert one.count("events_stored") == 1
 
 
 def test_events_on_disk_outlive_the_run_and_go_first(
