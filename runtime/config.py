@@ -49,7 +49,9 @@ class BrokerConfig(_Struct, frozen=True):
     cert_file: str | None = None
     key_file: str | None = None
     keepalive_s: Port = 15
-    max_unsent_messages: Positive = 64  # what waits for the socket; more is refused and counted
+    # Nothing was heard for so long: a beat is sent; for as long again: the connection is given up. 0: neither.
+    heartbeat_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 5.0
+    max_unsent_messages: Positive = 64  # what waits for the socket or the broker's word; more is refused and counted
     max_unsent_bytes: Positive = 8 * 1024 * 1024
     loss_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # kind memory only: share of messages that get lost
     loss_seed: int = 0  # which ones

@@ -73,6 +73,7 @@ class Device:
             client_id=f"kinflow-d-{config.id}",
             will=(self._topics.availability, b"offline"),
             counters=self.counters,
+            beat=self._topics.beat,
         )
         self._steering = Steering(config, given, self._link, self._topics, self.counters)
         self._on_plan = on_plan

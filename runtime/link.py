@@ -88,16 +88,35 @@ class LinkFactory(Protocol):
     """Makes links of one kind."""
 
     def __call__(
-        self, broker: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None, counters: Counters
+        self,
+        broker: BrokerConfig,
+        *,
+        client_id: str,
+        will: tuple[str, bytes] | None,
+        counters: Counters,
+        beat: str | None,
     ) -> Link:
         """Make a link that has not been started."""
         ...
 
 
 def open_link(
-    broker: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None = None, counters: Counters
+    broker: BrokerConfig,
+    *,
+    client_id: str,
+    will: tuple[str, bytes] | None = None,
+    counters: Counters,
+    beat: str | None = None,
 ) -> Link:
-    """Make the link that `broker.kind` names; `will` (topic, payload) is retained by the broker when we vanish."""
+    """Make the link that `broker.kind` names.
+
+    Args:
+        broker: where, and how.
+        client_id: of MQTT; nobody else's at this broker.
+        will: topic and payload that the broker retains when we vanish.
+        counters: told of what is refused, dropped and lost.
+        beat: topic of small messages that ask whether the broker is still there (`heartbeat_s`); None: none are sent.
+    """
     module, name = LINKS[broker.kind].split(":")
     factory: LinkFactory = getattr(import_module(module), name)
-    return factory(broker, client_id=client_id, will=will, counters=counters)
+    return factory(broker, client_id=client_id, will=will, counters=counters, beat=beat)

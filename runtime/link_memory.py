@@ -35,7 +35,13 @@ class MemoryLink:
     """A connection to the broker in memory; it is never lost, unless `connected` is set to False by its owner."""
 
     def __init__(
-        self, broker: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None, counters: Counters
+        self,
+        broker: BrokerConfig,
+        *,
+        client_id: str,
+        will: tuple[str, bytes] | None,
+        counters: Counters,
+        beat: str | None = None,
     ) -> None:
         with _hubs_lock:
             self._hub = _hubs.setdefault((broker.host, broker.port), _Hub())

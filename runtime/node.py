@@ -102,6 +102,7 @@ class Node:
             client_id=f"kinflow-n-{config.id}",
             will=(self._topics.availability, b"offline"),
             counters=self.counters,
+            beat=self._topics.beat,
         )
         clients: Literal["d", "n"] = "d" if config.serves == "devices" else "n"
         self._link.subscribe(topics.requests(config.site, clients, config.pool), self._received)
@@ -121,7 +122,10 @@ class Node:
         if config.uplink is not None and last + 1 < segments:
             if config.uplink.broker is not None:
                 self._upper_link = open_link(
-                    config.uplink.broker, client_id=f"kinflow-u-{config.id}", will=None, counters=self.counters
+                    config.uplink.broker,
+                    client_id=f"kinflow-u-{config.id}",
+                    counters=self.counters,
+                    beat=Subtree(config.uplink.site or config.site, "n", config.id).beat,
                 )
             self._uplink = Uplink(
                 self._upper_link,

@@ -51,6 +51,11 @@ class Subtree:
         return f"{self}/res"
 
     @property
+    def beat(self) -> str:
+        """Empty messages that nobody reads, when nothing was heard from the broker for a while."""
+        return f"{self}/beat"
+
+    @property
     def plan(self) -> str:
         """Retained JSON: how a device that plans treats frames now, and why."""
         return f"{self}/plan"
@@ -84,6 +89,11 @@ def requests(site: str, role: Literal["d", "n"], pool: str | None = None) -> str
     """The filter that matches all requests of a site's devices or nodes; with `pool`, a shared subscription."""
     plain = f"{ROOT}/{site}/{role}/+/req/#"
     return plain if pool is None else f"$share/{pool}/{plain}"
+
+
+def without_share(topic_filter: str) -> str:
+    """What a filter matches, whether its subscription is shared or not."""
+    return topic_filter.split("/", 2)[2] if topic_filter.startswith("$share/") else topic_filter
 
 
 def sender(topic: str) -> Subtree | None:
@@ -121,8 +131,12 @@ def report(topic: str) -> tuple[Subtree, str | None, str] | None:
     return (who, None, levels[5]) if len(levels) == 6 else (who, levels[6], levels[7])
 
 
-def publish_bytes(topic: str, payload_bytes: int, *, qos: int = 0, mqtt5: bool = True) -> int:
-    """The size of a PUBLISH on the wire: fixed header, topic, packet identifier, properties, payload (MQTT 5, 3.3)."""
-    remaining = 2 + len(topic.encode()) + (2 if qos else 0) + (1 if mqtt5 else 0) + payload_bytes
+def publish_bytes(topic: str, payload_bytes: int, *, qos: int = 0, mqtt5: bool = True, alias: bool = False) -> int:
+    """The size of a PUBLISH on the wire: fixed header, topic, packet identifier, properties, payload (MQTT 5, 3.3).
+
+    `alias`: it carries a topic alias; `topic` is empty where that stands in its place.
+    """
+    properties = (4 if alias else 1) if mqtt5 else 0
+    remaining = 2 + len(topic.encode()) + (2 if qos else 0) + properties + payload_bytes
     length_bytes = 1 + (remaining > 127) + (remaining > 16_383) + (remaining > 2_097_151)
     return 1 + length_bytes + remaining

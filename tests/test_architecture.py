@@ -47,6 +47,7 @@ LAYERS = (
         "segment",
         "link",
         "credentials",
+        *("send_queue", "heartbeat", "reconnect", "mqtt_client", "mqtt_limits", "mqtt_outgoing"),
     },
     {
         "cascade",

@@ -15,6 +15,7 @@ import pytest
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.errors import ConfigError
+from runtime.link import Lane
 from runtime.link_mqtt import MqttLink
 
 
@@ -57,7 +58,7 @@ def test_a_message_reaches_the_other_end(mosquitto: Any, connect: Callable[..., 
     receiver.start()
     sender.start()
     assert until(lambda: receiver.connected and sender.connected)
-    assert sender.publish("a/b/c", b"payload") == 1 + 1 + 2 + 5 + 1 + 7
+    assert sender.publish("a/b/c", b"payload", lane=Lane.EVENTS) == 1 + 1 + 2 + 5 + 1 + 7
     assert sender.publish("a/b/d", b"elsewhere", qos=1) > 0
     assert until(lambda: inbox.messages)
     assert inbox.messages == [("a/b/c", b"payload")]
