@@ -81,7 +81,8 @@ def run(simulation: Simulation, bundle: Bundle, camera: CameraConfig, show: Call
     }
     scenario = simulation.scenario
     phases = None if scenario is None else tabulate(grabbed, scenario, simulation.budget_ms, simulation.link_bytes)
-    plans = held(simulation.moves, simulation.end_s)
+    end_s = simulation.end_s if scenario is None else min(simulation.end_s, scenario.duration_s)
+    plans = held(simulation.moves, end_s)
     uplink = simulation.counters.get("edge", {}).get("offload_bytes_total", 0) if len(simulation.tiers) > 2 else None
     return summarize(
         lines,

@@ -106,7 +106,7 @@ def held(moves: Sequence[Move], end_s: float) -> dict[str, float]:
     """How many seconds each plan held, of moves in the order of time and up to `end_s`; the longest first."""
     seconds: dict[str, float] = {}
     ends = [*(move.at_s for move in moves[1:]), end_s]
-    for move, until_s in zip(moves, ends, strict=True):
+    for move, until_s in zip(moves, ends, strict=False):  # without a move there is an end too many
         seconds[move.plan] = seconds.get(move.plan, 0.0) + max(0.0, until_s - move.at_s)
     return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
 

@@ -195,6 +195,10 @@ def test_wrong_things_end_with_one_sentence_and_their_exit_code(
         (["--scenario", "kills.toml", "--loss", "1%"], "leave them or --scenario out"),
         (["--scenario", "kills.toml", "--broker", "127.0.0.1:1"], "the scenario kills the broker"),
         (["--broker", "no/such/mosquitto"], "or give the path of a Mosquitto"),
+        (["--objective", "optimize"], "write it as key=value pairs"),
+        (["--objective", "optimise=bytes"], "objective.optimise: unknown key; did you mean optimize?"),
+        (["--objective", "latency_p95_ms=soon"], "objective.latency_p95_ms: expected `float"),
+        (["--objective", "optimize=latency,latency_p95_ms=9"], "latency has a limit already"),
     ],
 )
 def test_wrong_scenarios_are_told_before_anything_starts(
@@ -277,6 +281,21 @@ def test_a_scenario_runs_to_its_end_and_every_frame_is_accounted_for(
     indices = [line["frame"] for line in lines]
     assert not any(11 <= index <= 15 for index in indices), "the camera stalled"
     assert "Traceback" not in done.stderr
+
+
+def test_a_device_that_plans_tells_every_plan(shared_bundle: Path, photos: Path) -> None:
+    options = ["--objective", "optimize=agreement, latency_p95_ms=900", "--rate", "2mbit", "--frames", "12"]
+    plain = kinflow("sim", shared_bundle, "--source", photos, *options, "--tiers", "device,edge")
+    assert plain.returncode == 0, plain.stderr
+    assert "   0.0 s  full: " in plain.stdout
+    assert "plans, and for how long" in plain.stdout
+    done = kinflow("sim", shared_bundle, "--source", photos, *options, "--tiers", "device,edge", "--json")
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    plans = [line for line in lines if line.get("event") == "plan"]
+    assert plans[0]["at_s"] == 0
+    assert "ms of 900 allowed" in plans[0]["why"]
+    assert last["summary"]["plans"].keys() == {plan["plan"] for plan in plans}
+    assert len(lines) == 12 + len(plans)
 
 
 def test_a_fixed_link_delays_every_answer_from_above(shared_bundle: Path, photos: Path) -> None:

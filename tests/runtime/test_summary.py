@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime import summary
 from runtime.datatypes import Dropped, Result
-from runtime.summary import Summary, summarize
+from runtime.summary import Move, Summary, held, summarize
 
 TIERS = ("device", "edge", "cloud")
 
@@ -129,3 +129,14 @@ def test_the_text_says_it_for_a_person(part: str) -> None:
 def test_the_summary_is_json() -> None:
     found = summed(line(tier="edge", bytes_up=7))
     assert msgspec.json.decode(msgspec.json.encode(found), type=Summary) == found
+
+
+def test_plans_are_told_by_how_long_they_held() -> None:
+    moves = [
+        Move(at_s=at_s, plan=plan, why="", reason="better", rung="full")
+        for at_s, plan in ((0.0, "raw"), (2.0, "jpeg"), (9.0, "raw"))
+    ]
+    assert held(moves, 10.0) == {"jpeg": 7.0, "raw": 3.0}
+    assert held([], 10.0) == {}
+    found = summed(line(), plans=held(moves, 10.0))
+    assert "jpeg                                                     7.0 s" in summary.text(found)
