@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The rival that a user would really run: the camera's pictures as H.264, and the whole model where they arrive.
 
 The device's side scales the pictures to the model's input (or to a width that is asked for), encodes them with libx264
@@ -8,7 +7,8 @@ decodes them, runs the whole model of the bundle and writes the answer back; the
 user would have it:
 
 - a frame is left out before it is encoded where the socket still has not taken the one before, or where the oldest
-  frame without an answer is older than three quarters of the budget; its kernel may hold 32 KB for the socket, not megabytes;
+  frame without an answer is older than three quarters of the budget; its kernel may hold 32 KB for the socket, not
+  megabytes;
 - silence for two seconds while frames wait for answers ends the connection, and another is tried every half second,
   with an encoder of its own, so that it begins with a key frame;
 - an answer that is older than the budget is flagged, as Kinflow's are. There is no model on the device: a frame that

@@ -1,8 +1,9 @@
 """What a run of a scenario came to, phase by phase. Pure; `scripts/bench_scenario` prints it.
 
-Every frame that the camera gave until the end of the scenario counts in the phase in which it was due. It is *in time* when it has an answer that is
-not older than the budget, and *undegraded* when that answer is also the one that was aimed for. Agreement is with the
-whole model of the bundle on the same frame, by the bundle's task: equal labels, or F1 of matched boxes.
+Every frame that the camera gave until the end of the scenario counts in the phase in which it was due. It is *in time*
+when it has an answer that is not older than the budget, and *undegraded* when that answer is also the one that was
+aimed for. Agreement is with the whole model of the bundle on the same frame, by the bundle's task: equal labels, or F1
+of matched boxes.
 
 Settling, of a phase in which something passes: the time from its beginning until the share of undegraded frames reaches
 `SHARE` of what it is in the phase's second half, and keeps it, second by second, for `KEEPS_S`.

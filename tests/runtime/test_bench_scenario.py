@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from runtime.datatypes import Dropped, Result
 from runtime.scenario import Phase, Scenario, Way
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from event_consumer import tally
 from process_watch import trend
@@ -25,6 +24,7 @@ from retimed_clip import clip_fps, retimed
 from rival_h264 import Encoder, Stream
 from scenario_figures import agreed, figures, settled_s
 
+ROOT = Path(__file__).resolve().parents[2]
 FPS = 16.0  # whose frames are due at exact fractions
 SECONDS = st.integers(6, 20)
 
