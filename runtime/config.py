@@ -121,7 +121,9 @@ class DeviceConfig(_Struct, frozen=True):
     )
     budget_ms: Positive = 2000  # a frame is answered within this, by the best local exit if need be
     between_frames: bool = True  # where the codec can: send what differs from the last frame answered from above
-    max_in_flight: Positive = 4  # frames waiting for an answer from above; more are answered locally
+    # Frames waiting for an answer from above; more are answered locally. Default: 4; with an objective the planner says
+    # how many, 32 at the most.
+    max_in_flight: Positive | None = None
     # The gate repeats answers while pictures hardly change. auto: as the bundle was fitted, if it was; a number: up to
     # this change, 0 to 255.
     gate: str | float = "auto"

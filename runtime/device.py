@@ -21,6 +21,7 @@ from runtime.config import DeviceConfig
 from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
 from runtime.link import Lane, open_link
+from runtime.metered import MeteredLink
 from runtime.preprocess import prepare
 from runtime.presence import Presence
 from runtime.preview import Previews
@@ -68,13 +69,10 @@ class Device:
         self._cameras = {name: index for index, name in enumerate(config.camera)}
         self._fault: Exception | None = None
         self._topics = Subtree(config.site, "d", config.id)
-        self._link = open_link(
-            config.broker,
-            client_id=f"kinflow-d-{config.id}",
-            will=(self._topics.availability, b"offline"),
-            counters=self.counters,
-            beat=self._topics.beat,
-        )
+        own = f"kinflow-d-{config.id}"
+        will = self._topics.availability, b"offline"
+        link = open_link(config.broker, client_id=own, will=will, counters=self.counters, beat=self._topics.beat)
+        self._link = MeteredLink(link, self.counters)
         self._steering = Steering(config, given, self._link, self._topics, self.counters)
         self._on_plan = on_plan
         self._steering.on_move = self._moved
@@ -90,7 +88,7 @@ class Device:
                 bundle,
                 codec=codec,
                 cut=cut,
-                max_in_flight=config.max_in_flight,
+                max_in_flight=self._steering.max_in_flight,
                 counters=self.counters,
                 on_reply=self._replied,
                 between_frames=config.between_frames,
@@ -156,7 +154,7 @@ class Device:
 
     def _step(self, capture: Capture) -> bool:
         """Take one frame through the local tier. Returns whether there was one to take."""
-        if capture.waits and self._uplink is not None and self._uplink.full:
+        if capture.waits and self._uplink is not None and (self._uplink.full or self._steering.full):
             return False
         frame = capture.take()
         if frame is None:
@@ -209,10 +207,9 @@ class Device:
         """Hand a frame up the link; where that cannot be, or would be in vain, answer it here."""
         if frame.course.local is not None:
             sent: Sent[Taken] | str = frame.course.local
-        elif not frame.course.only and self._steering.too_late(frame.captured_ns):
-            sent = "late"
         else:
-            sent = self._send(frame)
+            held = None if frame.course.only else self._steering.held(frame.captured_ns)
+            sent = held or self._send(frame)
         if isinstance(sent, str):
             self._answer_locally(frame, sent)
 

@@ -1,4 +1,4 @@
-"""What a sender knows of its link, of the nodes above and of its own work, from each frame and reply. Pure.
+"""What a sender knows of its link, from each frame and reply. Pure.
 
 A link is taken as a pipe: what goes up waits for what went before it, takes `bytes / goodput`, and its answer is there
 one round trip and the node's own time later. Replies say the node's time (`Reply.timings`), so what is left of a
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,38 +34,6 @@ NOISE_MS = 20.0  # a transfer shorter than this, and than how late frames are at
 OUTCOMES = 50
 SILENT_NS = 300_000_000
 MISSES_LOST = 2  # frames in a row without a word from above after which the link counts as lost
-
-
-class Window:
-    """The last values of one quantity, with quantiles. An age says whether they still mean something."""
-
-    __slots__ = ("_at_ns", "_sorted", "_values")
-
-    def __init__(self, size: int = 32) -> None:
-        self._values: deque[float] = deque(maxlen=size)
-        self._sorted: list[float] | None = None
-        self._at_ns: int | None = None
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def add(self, value: float, now_ns: int) -> None:
-        """Take a value; what is no finite number is none."""
-        if math.isfinite(value):
-            self._values.append(value)
-            self._sorted, self._at_ns = None, now_ns
-
-    def quantile(self, share: float) -> float | None:
-        """The value that `share` of those held do not exceed; None when there are none."""
-        if not self._values:
-            return None
-        if self._sorted is None:
-            self._sorted = sorted(self._values)
-        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
-
-    def age_ms(self, now_ns: int) -> float:
-        """Since the last value; infinite when there has been none."""
-        return math.inf if self._at_ns is None else (now_ns - self._at_ns) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,62 +256,6 @@ class LinkEstimator:
         rtt_ms = max(0.0, _median(rest_ms.tolist()))
         unlike_ms = _median(np.abs(rest_ms - rtt_ms).tolist())
         return _Fit(rtt_ms, slope, high - low, unlike_ms)
-
-
-class WorkEstimator:
-    """Learns how long named stages take: a device's own, and by segment and in sum those of the nodes above."""
-
-    def __init__(self) -> None:
-        self._stages: dict[str, Window] = {}
-
-    def took(self, stages: Mapping[str, float], now_ns: int) -> None:
-        """Stages of one frame and their milliseconds."""
-        for stage, ms in stages.items():
-            window = self._stages.get(stage)
-            if window is None:
-                window = self._stages[stage] = Window()
-            window.add(ms, now_ns)
-
-    def ms(self, stage: str, share: float = 0.5) -> float | None:
-        """The quantile `share` of a stage's recent times; None: it has not been seen."""
-        window = self._stages.get(stage)
-        return None if window is None else window.quantile(share)
-
-    def stages(self) -> tuple[str, ...]:
-        """All that have been seen."""
-        return tuple(self._stages)
-
-
-def node_stages(timings: Mapping[str, float]) -> dict[str, float]:
-    """A reply's timings as stages that compare between cuts: `segmentK`, and all that is no segment as `rest`."""
-    found: dict[str, float] = {"rest": 0.0}
-    for name, ms in timings.items():
-        stage = name.rpartition(".")[2]
-        if stage.startswith("segment"):
-            found[stage] = found.get(stage, 0.0) + ms
-        else:
-            found["rest"] += ms
-    return found
-
-
-class RateEstimator:
-    """Learns how many frames come a second."""
-
-    def __init__(self) -> None:
-        self._gaps = Window()
-        self._last_ns: int | None = None
-
-    def taken(self, now_ns: int) -> None:
-        """A frame was taken."""
-        if self._last_ns is not None and now_ns > self._last_ns:
-            self._gaps.add((now_ns - self._last_ns) / 1e9, now_ns)
-        self._last_ns = now_ns
-
-    @property
-    def per_second(self) -> float | None:
-        """None: not known yet."""
-        gap_s = self._gaps.quantile(0.5)
-        return None if gap_s is None or gap_s <= 0 else 1 / gap_s
 
 
 @lru_cache(maxsize=2 * SAMPLES)

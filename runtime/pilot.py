@@ -10,17 +10,19 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from runtime.estimates import LinkEstimate, LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
+from runtime.estimates import LinkEstimate, LinkEstimator
 from runtime.ladder import FREE, Ladder, Limits
 from runtime.objective import Objective
 from runtime.plan_rates import Way
 from runtime.plan_tables import Candidate, Estimates, Tables, encode_stage
 from runtime.planner import Decision, plan, probe
 from runtime.thermals import Board
+from runtime.workload import RateEstimator, Window, WorkEstimator, node_stages
 
 FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spacing doubles from one to the other
 FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
 PROBE_SHARE = 0.05  # of the bytes allowed
+BESIDE_NS, LOOKS = 10_000_000_000, 10  # over which the rate of what goes up beside frames is taken
 LEAST_FLYING = 2  # frames that may be on their way at any rate
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
 PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
@@ -72,7 +74,9 @@ class Pilot:
         self._ladder = Ladder(warm_celsius=objective.warm_celsius, hot_celsius=objective.hot_celsius)
         self.limits: Limits = FREE
         self._news, self._planned_ns = True, 0
-        self._seen: tuple[bool, Board | None] = True, None
+        self._seen: tuple[bool, Board | None, int | None] = True, None, None
+        self._max_packet_bytes = math.inf
+        self._beside: deque[tuple[int, int]] = deque(maxlen=LOOKS)
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
         self.known = self._estimates(0)
@@ -157,10 +161,38 @@ class Pilot:
         """The local exit said the same as what came from above, or not, of a frame it was not sure of."""
         self._alike.setdefault(exit_cut, deque(maxlen=200)).append(same)
 
-    def step(self, now_ns: int, *, connected: bool = True, board: Board | None = None) -> bool:
-        """Think again, if there is news or `PLAN_MS` have passed. Returns whether the decision is another one now."""
+    def beside(self, now_ns: int, total_bytes: int) -> None:
+        """All bytes that were ever handed to the link beside frames: results, events and whatever else."""
+        if not self._beside or now_ns - self._beside[-1][0] >= BESIDE_NS / LOOKS:
+            self._beside.append((now_ns, total_bytes))
+
+    @property
+    def other_bytes(self) -> float:
+        """That went up a second beside frames, lately."""
+        if len(self._beside) < 2:
+            return 0.0
+        (first_ns, first), (last_ns, last) = self._beside[0], self._beside[-1]
+        return (last - first) / ((last_ns - first_ns) / 1e9)
+
+    def step(
+        self,
+        now_ns: int,
+        *,
+        connected: bool = True,
+        board: Board | None = None,
+        max_packet_bytes: int | None = None,
+    ) -> bool:
+        """Think again, if there is news or `PLAN_MS` have passed. Returns whether the decision is another one now.
+
+        Args:
+            now_ns: the time.
+            connected: whether the broker is there.
+            board: heat and power; None: unknown.
+            max_packet_bytes: the largest message that the broker takes; None: any.
+        """
         self._overdue(now_ns)
-        seen = connected, board
+        self._max_packet_bytes = math.inf if max_packet_bytes is None else float(max_packet_bytes)
+        seen = connected, board, max_packet_bytes
         if not self._news and seen == self._seen and now_ns - self._planned_ns < PLAN_MS * 1e6:
             return False
         self._news, self._seen, self._planned_ns = False, seen, now_ns
@@ -275,6 +307,8 @@ class Pilot:
             stage_ms=stages,
             node_ms=above,
             frames_per_second=self._frames.per_second or 10.0,
+            other_bytes=self.other_bytes,
+            max_packet_bytes=self._max_packet_bytes,
             bytes_ratio={
                 codec: (sum(means) / len(means), larges.quantile(0.9) or 1.0)
                 for codec, (means, larges) in self._sizes.items()

@@ -29,7 +29,8 @@ from runtime.variant import with_variant
 
 Floats = NDArray[np.float64]
 
-LINK_SHARE = 0.9  # of the goodput that is planned with; the rest is for results, events and what was not foreseen
+LINK_SHARE = 0.9  # of the goodput that is planned with; the rest is for what was not foreseen
+LEAST_SHARE = 0.25  # of the goodput that frames get, whatever else goes up: the link sends frames before results
 NODE_MS = 5.0  # beside its segments, before the first reply has told
 ENCODE_MS = 2.0  # before the first frame was encoded
 FREE_LOSS = 0.05  # of frames, up to which losses are no reason to keep frames here
@@ -65,6 +66,8 @@ class Estimates:
     stage_ms: Mapping[str, float] = field(default_factory=dict)  # of this device: `segmentK`, `segment0.vN`, `exitK`, …
     node_ms: Mapping[str, float] = field(default_factory=dict)  # of what is above: `segmentK` and `rest`
     frames_per_second: float = 10.0
+    other_bytes: float = 0.0  # a second, that go up beside frames: results, events, previews, what the device tells
+    max_packet_bytes: float = math.inf  # that the broker takes, all of MQTT counted
     # codec → what frames lately cost beside the manifest's median, and the costliest tenth beside its 95th percentile
     bytes_ratio: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # cut of a local exit → how often it says what comes from above, of frames that it was not sure of
@@ -81,6 +84,8 @@ class Predictions:
     local_ms: Floats  # of work on this device
     transfer_ms: Floats  # of a large frame (95th percentile of bytes) on the link
     share: Floats  # of the frames no exit answers: what the link can carry
+    large_bytes: Floats  # of a large frame's message
+    fits: NDArray[np.bool_]  # whether that is no more than the broker takes
 
 
 class Tables:
@@ -145,7 +150,8 @@ class Tables:
         goodput = math.inf if link.goodput is None else max(link.goodput, 1e-3)
         goes_up = (1 - self._coverage) * self._sends
         wanted = goes_up * typical * max(known.frames_per_second, 1e-3)
-        share = np.minimum(1.0, LINK_SHARE * goodput / np.maximum(wanted, 1e-9))
+        carried = max(LEAST_SHARE * goodput, LINK_SHARE * goodput - known.other_bytes)
+        share = np.minimum(1.0, carried / np.maximum(wanted, 1e-9))
         transfer_ms = large / goodput * 1000
         above_ms = self._above @ np.array([self._node_ms(stage, known) for stage in self._above_stages])
         up_ms = transfer_ms + (link.rtt_ms or 0.0) + link.jitter_ms + above_ms
@@ -159,6 +165,8 @@ class Tables:
             local_ms=local,
             transfer_ms=transfer_ms,
             share=share,
+            large_bytes=large,
+            fits=large <= known.max_packet_bytes,
         )
 
     def size(self, way: Way) -> tuple[float, float] | None:
@@ -172,7 +180,7 @@ class Tables:
 
     def allowed(self, said: Predictions, limits: Limits) -> NDArray[np.bool_]:
         """Which candidates these limits leave; where they leave none, those with the least work here."""
-        found = np.full(len(self), fill_value=True)
+        found = said.fits.copy()
         if not limits.sends:
             found &= ~self._sends
         if limits.max_bytes < math.inf:

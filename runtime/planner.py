@@ -41,7 +41,7 @@ class Decision:
     bytes: float
     agreement: float
     rung: str
-    reason: str  # one word, for counters: start, latency, bytes, agreement, better, or the rung that forced it
+    reason: str  # for counters: start, latency, bytes, agreement, oversize, better, or the rung that forced it
     why: str  # one sentence with numbers
     kept: bool  # whether all limits are kept, by prediction
     since_ns: int
@@ -127,7 +127,7 @@ def probe(
     known = careful(known)
     if not limits.sends or current.candidate.way is None:
         said = tables.predict(known)
-        cheapest = np.where(tables.sending, said.transfer_ms, np.inf)
+        cheapest = np.where(tables.sending & said.fits, said.transfer_ms, np.inf)
         index = int(np.argmin(cheapest))
         return tables.candidates[index] if math.isfinite(cheapest[index]) else None
     link = known.link
@@ -162,7 +162,7 @@ def _levels(said: Predictions, known: Estimates, objective: Objective, budget_ms
     like = said.agreement >= (objective.min_agreement or 0.0)
     found = []
     for latency_margin, bytes_margin in ((1.0, 1.0), (LATENCY_MARGIN, BYTES_MARGIN)):
-        cheap = said.bytes * known.frames_per_second <= most_bytes * bytes_margin
+        cheap = said.bytes * known.frames_per_second + known.other_bytes <= most_bytes * bytes_margin
         quick = said.latency_ms <= most_ms * latency_margin
         levels = np.where(~cheap, COSTLY, np.where(~quick, LATE, np.where(~like, UNLIKE, KEPT)))
         found.append(levels.astype(np.int64))
@@ -239,14 +239,15 @@ def _forced(
     """Reason and sentence of a move that a limit forces."""
     change = _change(tables.candidates[here], tables.candidates[there])
     level = int(levels[here])
+    if level == FORBIDDEN and not said.fits[here]:
+        size = f"a large frame has {said.large_bytes[here]:,.0f} bytes"
+        return "oversize", f"{change}: {size}, the broker takes {known.max_packet_bytes:,.0f}"
     if level == FORBIDDEN:
         return limits.rung, f"{change}: {limits.reason}"
     if level == COSTLY:
-        rate = float(said.bytes[here]) * known.frames_per_second
-        return (
-            "bytes",
-            f"{change}: {rate:,.0f} bytes a second would go up, {objective.max_bytes_per_second:,.0f} allowed",
-        )
+        rate = float(said.bytes[here]) * known.frames_per_second + known.other_bytes
+        would = f"{rate:,.0f} bytes a second would go up, {known.other_bytes:,.0f} of them beside frames"
+        return "bytes", f"{change}: {would}, {objective.max_bytes_per_second:,.0f} allowed"
     if level == UNLIKE:
         lacks = f"agreement would be {said.agreement[here]:.3f}, {objective.min_agreement:g} is wanted"
         return "agreement", f"{change}: {lacks}"

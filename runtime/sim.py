@@ -209,9 +209,7 @@ def plain(line: Line) -> str:
 @click.option(
     "--max-in-flight",
     type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="Frames that may wait for an answer from above.",
+    help="Frames that may wait for an answer from above  [default: 4; with --objective as many as are in time].",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per frame, then one with the summary.")
 def sim_command(
@@ -237,7 +235,7 @@ def sim_command(
     ui: bool,
     preview: bool,
     budget_ms: int,
-    max_in_flight: int,
+    max_in_flight: int | None,
     as_json: bool,
 ) -> None:
     """Run BUNDLE on device, edge and cloud, three processes of this machine, with frames from a clip."""

@@ -80,7 +80,7 @@ class Simulation:
         variant: int = 0,
         early_exits: bool = True,
         budget_ms: int = 2000,
-        max_in_flight: int = 4,
+        max_in_flight: int | None = None,
         cameras: int = 1,
         preview: bool = False,
         on_page: Callable[[str], None] | None = None,
@@ -126,7 +126,7 @@ class Simulation:
             "codec": codec,
             "variant": variant,
             "budget_ms": budget_ms,
-            "max_in_flight": max_in_flight,
+            **({} if max_in_flight is None else {"max_in_flight": max_in_flight}),
             **(device or {}),
         }
         self._uplink_codec = uplink_codec

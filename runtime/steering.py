@@ -11,21 +11,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from runtime import cascade
 from runtime.cascade import Outcome, Tier
 from runtime.codec import split_name
 from runtime.config import DeviceConfig
 from runtime.counters import Counters
-from runtime.datatypes import Answer, Features
+from runtime.course import Course, tried
+from runtime.datatypes import Answer
 from runtime.errors import ConfigError
-from runtime.link import Lane, Link
+from runtime.link import Lane
 from runtime.manifest import Bundle
+from runtime.metered import MeteredLink
 from runtime.objective import Objective
 from runtime.packet import HEADER
 from runtime.pilot import Pilot
@@ -40,37 +41,10 @@ from runtime.variant import with_each_variant, with_variant
 
 log = logging.getLogger(__name__)
 
+MAX_IN_FLIGHT, MAX_PLANNED = 4, 32  # unless the settings say so; with an objective the planner allows fewer
 BOARD_S = 5.0  # between two looks at heat and power
 GATE_ONLY_NS = 1_000_000_000  # between two frames that are computed when the gate answers alone
 COMPARED = 8  # one answer of so many from above is held against the local exit's
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """How one frame is treated."""
-
-    tier: Tier  # what runs here
-    policy: ExitPolicy
-    variant: int  # of the first segment, here
-    sent_variant: int  # of the features that go up: 0 for the frame itself
-    promised: Bundle  # as nodes see what goes up
-    agreements: Mapping[int, float]  # what early exits keep, behind `promised`
-    way: Way | None = None  # None: as the uplink was made
-    local: str | None = None  # why nothing goes up, in a word or a few
-    whole: bool = False  # whether the frame itself goes up, before anything has run here
-    only: bool = False  # whether `way` holds for this frame alone, to learn something
-
-    @property
-    def copy(self) -> bool:
-        """Whether it is of a frame that has an answer of its own, and goes up to learn something of the link."""
-        return self.only and self.local is not None
-
-    def agreement(self, cut: int) -> float | None:
-        """What an exit was fitted to keep; for the model's own what was measured, as nothing was fitted there."""
-        spec = self.promised.exit_at(cut)
-        if spec is None or spec.file is not None:
-            return self.agreements.get(cut)
-        return spec.agreement if spec.measured is None else spec.measured.agreement
 
 
 class Steering:
@@ -80,7 +54,9 @@ class Steering:
         BundleError, ConfigError: the bundle or a setting cannot be used.
     """
 
-    def __init__(self, config: DeviceConfig, bundle: Bundle, link: Link, topics: Subtree, counters: Counters) -> None:
+    def __init__(
+        self, config: DeviceConfig, bundle: Bundle, link: MeteredLink, topics: Subtree, counters: Counters
+    ) -> None:
         self._config, self._given = config, bundle
         self._link, self._topics, self._counters = link, topics, counters
         self.on_move: Callable[[], None] | None = None  # called after a move, on the thread of `tick`
@@ -97,7 +73,8 @@ class Steering:
         self._courses: dict[Candidate, Course] = {}
         self._load(config.objective)
         # A picture codec sends the frame itself, before any local segment has run.
-        self.plain = self._fixed(0 if split_name(config.codec)[0] == "jpeg" else self.last + 1)
+        self._cut = 0 if split_name(config.codec)[0] == "jpeg" else self.last + 1
+        self.plain = self._fixed(self._cut)
         self._thermals = Thermals()
         self._board: Board | None = None
         self._board_s = 0.0
@@ -109,8 +86,7 @@ class Steering:
     @property
     def uplink(self) -> tuple[str, int] | None:
         """Codec and cut to make an uplink with; None: nothing can go up."""
-        cut = 0 if split_name(self._config.codec)[0] == "jpeg" else self.last + 1
-        return (self._config.codec, cut) if self.last + 1 < len(self._given.manifest.segments) else None
+        return (self._config.codec, self._cut) if self.last + 1 < len(self._given.manifest.segments) else None
 
     @property
     def ways(self) -> set[Way]:
@@ -131,7 +107,10 @@ class Steering:
                 self._pilot.reconnected()
             self._was_connected = connected
             before = self._pilot.decision
-            moved = self._pilot.step(time.monotonic_ns(), connected=connected, board=self._board)
+            now_ns = time.monotonic_ns()
+            self._pilot.beside(now_ns, self._link.beside)
+            most = self._link.max_packet_bytes
+            moved = self._pilot.step(now_ns, connected=connected, board=self._board, max_packet_bytes=most)
             after = self._pilot.decision
         if moved:
             log.info("plan: %s", after.why)
@@ -172,12 +151,28 @@ class Steering:
             self._counters.add("planner_probes_total", way=found.candidate.words())
             return replace(self._courses[found.candidate], only=True, local="copy" if found.copy else None)
 
-    def too_late(self, captured_ns: int) -> bool:
-        """Whether a frame that went up now would come back after the limit on its age."""
+    def held(self, captured_ns: int) -> str | None:
+        """Why a frame does not go up now: its answer would come after the limit on its age; None: it does."""
+        if self._pilot is None:
+            return None
+        with self._lock:
+            if self._pilot.full():
+                return "busy"
+            return "late" if self._pilot.too_late(time.monotonic_ns(), captured_ns) else None
+
+    @property
+    def full(self) -> bool:
+        """Whether as many frames are on their way as can come back in time."""
         if self._pilot is None:
             return False
         with self._lock:
-            return self._pilot.too_late(time.monotonic_ns(), captured_ns)
+            return self._pilot.full()
+
+    @property
+    def max_in_flight(self) -> int:
+        """Frames that may be on their way in any case."""
+        most = self._config.max_in_flight
+        return most or (MAX_PLANNED if self._pilot is not None else MAX_IN_FLIGHT)
 
     def worked(self, course: Course, timings: Mapping[str, float]) -> None:
         """A frame has run here."""
@@ -299,7 +294,7 @@ class Steering:
         took: dict[str, float] = {}
         for (number, last), tier in self._tiers.items():
             if last == deepest:
-                took.update(_tried(tier, number))
+                took.update(tried(tier, number))
         return Pilot(tables, objective, budget_ms=config.budget_ms, stage_ms=took)
 
     def _fixed(self, cut: int) -> Course:
@@ -322,15 +317,3 @@ class Steering:
         whole = candidate.way is not None and candidate.way.cut == 0
         number = candidate.variant
         return Course(tier, policy, number, number, seen, policy.agreements, candidate.way, local, whole)
-
-
-def _tried(tier: Tier, variant: int) -> dict[str, float]:
-    """What the stages of a tier take on this machine: each runs, and no exit is sure of anything."""
-    spec = tier.bundle.manifest.cuts[0]
-    never = ExitPolicy(dict.fromkeys(tier.heads, 2.0))
-    frame = Features(0, np.zeros((1, *spec.shape), spec.dtype))
-    for _ in range(2):  # the first time still warms caches
-        timings = cascade.run([frame], tier, never)[0].timings
-    if variant:
-        timings[f"segment0.v{variant}"] = timings.pop("segment0")
-    return timings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime import cascade
+from runtime.course import Course
 from runtime.datatypes import ExitOutput, Features, Result
-from runtime.steering import Course
 from runtime.task import Task
 from runtime.uplink import Sent
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.estimates import LinkEstimator, RateEstimator, Window, WorkEstimator, node_stages
+from runtime.estimates import LinkEstimator
+from runtime.workload import RateEstimator, Window, WorkEstimator, node_stages
 
 MS = 1_000_000
 SECOND = 1000 * MS
