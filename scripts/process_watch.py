@@ -17,6 +17,7 @@ EVERY_S = 2.0
 BATCHES = 10
 QUANTILE = 2.306  # of Student's t with BATCHES - 2 degrees of freedom, for 95 % on both sides
 SETTLED_MOST_S = 120.0  # before that, or a sixth of the run, memory grows by what is loaded and warmed up
+LEAVING_S = 3.0  # at the end, when a process gives back what it holds
 NAMES = ("rss_mb", "descriptors", "threads")
 
 
@@ -96,7 +97,8 @@ class ProcessWatch:
 
 def _life(sizes: Sequence[tuple[float, float, int, int]]) -> dict[str, Any]:
     begins_s = sizes[0][0] + min(SETTLED_MOST_S, (sizes[-1][0] - sizes[0][0]) / 6)
-    settled = [size for size in sizes if size[0] >= begins_s]
+    ends_s = sizes[-1][0] - LEAVING_S
+    settled = [size for size in sizes if begins_s <= size[0] <= ends_s] or list(sizes)
     columns = list(zip(*settled, strict=True))
     told: dict[str, Any] = {"seconds": round(settled[-1][0] - settled[0][0])}
     for name, column in zip(NAMES, columns[1:], strict=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 Told = Mapping[str, Any]
 WIDE = 18
+SETTLED_S = 3
 
 
 def phase_table(told: Told) -> str:
@@ -88,18 +90,49 @@ def beside(found: Mapping[str, Told]) -> str:
     planned = next((config for config in found if config.startswith("objective:")), None)
     if planned is None:
         return "\n".join(lines)
-    lines += ["", f"{planned} against each other one: times the frames, difference of agreement, times fewer bytes"]
+    lines += [
+        "",
+        f"{planned} against each other one",
+        f"  {'':<{width}}{'undegraded':>12}{'agreement':>11}{'in time':>9}{'agreement':>11}{'fewer bytes':>13}",
+    ]
     ours = found[planned]["all"]
     for config, told in found.items():
         theirs = told["all"]
         if config == planned:
             continue
-        more = _ratio(ours["undegraded"], theirs["undegraded"])
+        more, every = (_ratio(ours[name], theirs[name]) for name in ("undegraded", "in_time"))
         fewer = _ratio(theirs["bytes_up"] + theirs["bytes_down"], ours["bytes_up"] + ours["bytes_down"])
-        both = ours["undegraded_agreement"], theirs["undegraded_agreement"]
-        apart = "-" if None in both else f"{both[0]['share'] - both[1]['share']:+.3f}"
-        lines.append(f"  {config:<{width}}{more:>9}{apart:>9}{fewer:>9}")
+        apart, all_apart = (_apart(ours[name], theirs[name]) for name in ("undegraded_agreement", "agreement"))
+        lines.append(f"  {config:<{width}}{more:>12}{apart:>11}{every:>9}{all_apart:>11}{fewer:>13}")
     return "\n".join(lines)
+
+
+def verdicts(told: Told) -> str:
+    """Whether a run kept what it was to keep; a limit on the age is read off the configuration's name."""
+    linked = [phase for phase in told["phases"] if phase["link"]]
+    kept: dict[str, bool] = {}
+    limit = re.search(r"latency_p95_ms=([0-9.]+)", told["config"])
+    if limit is not None:
+        ages = [phase["age_p95_ms"] for phase in linked]
+        said = ", ".join("-" if age is None else f"{age:.0f}" for age in ages)
+        kept[f"p95 of age within {limit[1]} ms in each phase with a link: {said}"] = all(
+            age is not None and age <= float(limit[1]) for age in ages
+        )
+        times = [phase["settled_s"] for phase in linked]
+        said = ", ".join("never" if after_s is None else f"{after_s:.1f}" for after_s in times)
+        kept[f"settled within {SETTLED_S} s in each phase with a link: {said}"] = all(
+            after_s is not None and after_s <= SETTLED_S for after_s in times
+        )
+    kept[f"answers older than the budget and told as fresh: {told['all']['unflagged']:,}"] = not told["all"][
+        "unflagged"
+    ]
+    frames, events = told["frames"], told["events"]
+    wrong = frames["unaccounted"], frames["told_twice"]
+    kept[f"frames unaccounted: {wrong[0]:,}, told twice: {wrong[1]:,}"] = not any(wrong)
+    if events is not None:
+        wrong = events["lost"], events["twice_after_inbox"]
+        kept[f"events lost: {wrong[0]:,}, come twice behind the inbox: {wrong[1]:,}"] = not any(wrong)
+    return "\n".join(f"  {'kept  ' if held else 'MISSED'}  {words}" for words, held in kept.items())
 
 
 def agreement(told: Told | None) -> str:
@@ -109,6 +142,10 @@ def agreement(told: Told | None) -> str:
 
 def _ratio(left: float, right: float) -> str:
     return f"{left / right:.2f}" if right else "-"
+
+
+def _apart(left: Told | None, right: Told | None) -> str:
+    return "-" if left is None or right is None else f"{left['share'] - right['share']:+.3f}"
 
 
 def _cell(value: float | None, form: str, width: int) -> str:

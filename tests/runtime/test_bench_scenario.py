@@ -231,3 +231,5 @@ def test_a_short_run_of_a_plan_and_of_the_rival(
     assert plan["moves"][0]["at_s"] == 0
     assert sum(plan["plans"].values()) == pytest.approx(4, abs=0.1)
     assert f"{planned} against each other one" in done.stdout
+    assert done.stdout.count("kept    frames unaccounted: 0, told twice: 0") == 2
+    assert done.stdout.count("p95 of age within 600 ms in each phase with a link") == 1
