@@ -8,6 +8,7 @@ seen of a session is not missing: nobody may have listened yet.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,19 +25,30 @@ class Taken(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Session:
+class Session:
+    """What was seen of one run of one sender."""
+
+    sender: str
+    name: str
     runs: list[list[int]] = field(default_factory=list)  # first and last of what was seen, rising, with gaps between
     missing: int = 0
 
 
 class Inbox:
-    """What was seen of any number of devices and of their runs."""
+    """What was seen of any number of devices and of their runs; `known` is what an earlier inbox knew."""
 
-    def __init__(self, most_sessions: int = MOST_SESSIONS, most_gaps: int = MOST_GAPS) -> None:
+    def __init__(
+        self, known: Iterable[Session] = (), *, most_sessions: int = MOST_SESSIONS, most_gaps: int = MOST_GAPS
+    ) -> None:
         self._most_sessions = most_sessions
         self._most_gaps = most_gaps
-        self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()
+        self._sessions = OrderedDict(((session.sender, session.name), session) for session in known)
         self._forgotten = 0
+
+    @property
+    def known(self) -> list[Session]:
+        """All of it, in the order in which they were heard of last."""
+        return list(self._sessions.values())
 
     @property
     def missing(self) -> int:
@@ -46,13 +58,13 @@ class Inbox:
     def take(self, sender: str, session: str, sequence: int) -> Taken:
         """An event has come; `sequence` is 1 or more."""
         key = (sender, session)
-        known = self._sessions.setdefault(key, _Session())
+        known = self._sessions.setdefault(key, Session(sender, session))
         self._sessions.move_to_end(key)
         if len(self._sessions) > self._most_sessions:
             self._forgotten += self._sessions.popitem(last=False)[1].missing
         return self._note(known, sequence)
 
-    def _note(self, session: _Session, sequence: int) -> Taken:
+    def _note(self, session: Session, sequence: int) -> Taken:
         runs = session.runs
         at = len(runs)  # of the first run that begins after `sequence`; what is new is nearly always last
         while at and runs[at - 1][0] > sequence:

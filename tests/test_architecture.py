@@ -61,11 +61,12 @@ LAYERS = (
         "presence",
         "preview",
         "spool",
+        "subscriber",
         "forwarding",
         "watch",
         "watchdog",
     },  # and every variant of a seam
-    {"device", "node", "taken"},
+    {"device", "node", "taken", "requests"},
     {
         *("sim", "simulation", "scenario", "lane", "shaper", "strikes", "processes", "phases", "summary", "live"),
         *("demo", "demo_clips", "bench", "bundle_tool", "doctor", "cli", "listen", *UI),

@@ -254,6 +254,31 @@ def test_a_gap_is_told_and_people_read_lines(mosquitto: Any, kinflow: Callable[.
     assert lines[0].startswith("--:--:--.-  ")
 
 
+def test_a_consumer_that_remembers_prints_nothing_again_and_notices_what_it_has_slept_through(
+    mosquitto: Any, consumer: Callable[..., Program], tmp_path: Path
+) -> None:
+    remembers = ("--seen", str(tmp_path / "seen.json"), "--keep", "0")
+    first = consumer(mosquitto.port, *remembers)
+    publish(mosquitto, [1, 2, 3])
+    until(lambda: len(first.lines) == 3)
+    first.end(signal.SIGKILL)
+    second = consumer(mosquitto.port, *remembers)
+    publish(mosquitto, [2, 3, 6])
+    until(lambda: len(second.lines) == 1)
+    second.end()
+    assert second.numbers() == [("a1", 6)]
+    assert second.says("2 events missing before number 6")
+    assert second.says("1 event printed, 2 missing, 2 came again")
+
+
+def test_a_memory_that_is_none_is_refused(kinflow: Callable[..., Program], tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"not": "ours"}')
+    for name, words in (("other.json", "is no file of ours"), ("none/seen.json", "cannot be used: No such file")):
+        program = kinflow("events", "--broker", "127.0.0.1:1", "--seen", str(tmp_path / name))
+        assert program.wait() == 78
+        assert program.says(words)
+
+
 def publish(broker: Any, sequences: list[int]) -> None:
     from paho.mqtt.publish import multiple
 

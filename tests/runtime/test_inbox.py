@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.inbox import Inbox, Taken
+from runtime.inbox import Inbox, Session, Taken
 
 
 def test_what_came_before_is_told_from_what_is_new_and_gaps_are_counted() -> None:
@@ -62,6 +63,16 @@ def test_within_any_bound_none_is_new_twice(sequences: list[int], most_gaps: int
     assert len(new) == len(set(new))
     if sequences:
         assert inbox.missing >= max(sequences) - min(sequences) + 1 - len(set(sequences))
+
+
+@given(numbers, st.integers(0, 120))
+def test_what_is_known_can_be_handed_on(sequences: list[int], half: int) -> None:
+    whole, first = Inbox(most_gaps=5), Inbox(most_gaps=5)
+    taken = [whole.take("porch", "a", sequence) for sequence in sequences]
+    before = [first.take("porch", "a", sequence) for sequence in sequences[:half]]
+    second = Inbox(msgspec.json.decode(msgspec.json.encode(first.known), type=list[Session]), most_gaps=5)
+    assert taken == before + [second.take("porch", "a", sequence) for sequence in sequences[half:]]
+    assert second.missing == whole.missing
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy"), st.integers(1, 20)), max_size=120))
