@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -53,6 +54,21 @@ class Batcher(Generic[Item]):
             taken = [self._queue.popleft() for _ in range(min(self._max_batch_size, len(self._queue)))]
             self._bytes -= sum(size_bytes for _, size_bytes, _ in taken)
             return [item for item, _, _ in taken]
+
+    def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
+        """Take out whatever `unwanted` says so of, oldest first."""
+        with self._changed:
+            kept: deque[tuple[Item, int, float]] = deque()
+            removed: list[Item] = []
+            for item, size_bytes, at_s in self._queue:
+                if unwanted(item):
+                    removed.append(item)
+                    self._bytes -= size_bytes
+                else:
+                    kept.append((item, size_bytes, at_s))
+            if removed:
+                self._queue = kept
+            return removed
 
     def drain(self) -> list[Item]:
         """Take everything, waiting for nothing."""

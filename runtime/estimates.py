@@ -103,6 +103,9 @@ class LinkEstimator:
             return False  # nodes do not tell their times that exactly
         waited = self._rtt_ms is not None and gap_ms + self._rtt_ms < whole_ms
         ms = gap_ms + (self._rtt_ms or 0.0) if waited else whole_ms
+        if waited and gap_ms < CONTRADICTS_RATIO * size * (self._ms_per_byte or 0.0):
+            # What a lost segment held up comes in one burst, which tells nothing of how fast the link is.
+            return False
         obsolete = self._contradict(size, ms)
         self._samples.append(_Sample(replied_ns, size, whole_ms, ms, gap_ms if waited else None))
         while self._samples and self._samples[0].at_ns < replied_ns - MEMORY_NS and len(self._samples) > CONTRADICTIONS:

@@ -11,13 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from runtime import cascade, manifest, packet, reply, topics
+from runtime import cascade, manifest, packet, reply, requests, topics
 from runtime.batcher import Batcher
 from runtime.coding import Decoder, ReferenceMissingError
 from runtime.config import NodeConfig
@@ -29,38 +29,19 @@ from runtime.packet import Kind, Packet
 from runtime.policy import ExitPolicy
 from runtime.presence import Presence
 from runtime.reply import Reply
+from runtime.requests import Escalated, Pace, Request
 from runtime.segment import load_segments
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
-from runtime.variant import known, with_each_variant
+from runtime.variant import with_each_variant
 from runtime.watchdog import of_node
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.25
 DRAIN_S = 2.0
-NO_BUDGET_MS = 10_000  # what a request without a budget is given
 # Kept back from the budget of what goes further up, so that this node's own answer still arrives in time.
 KEPT_BACK_RATIO = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Features that a client wants an answer for."""
-
-    client: Subtree
-    packet: Packet
-    arrived_ns: int
-    deadline_ns: int
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Escalated:
-    """A request that went further up, and what this tier would say itself."""
-
-    request: _Request
-    outcome: cascade.Outcome
 
 
 class Node:
@@ -90,7 +71,7 @@ class Node:
         self._variants = [(replace(self._tier, bundle=seen), rule(seen)) for seen in with_each_variant(bundle)]
         self._decoder = Decoder(bundle, max_reference_bytes=config.max_reference_bytes)
         batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
-        self._batcher: Batcher[_Request] = Batcher(
+        self._batcher: Batcher[Request] = Batcher(
             max_batch_size=min(batch, config.max_batch_size),
             max_queue_delay_ms=config.max_queue_delay_ms,
             max_queue_frames=config.max_queue_frames,
@@ -116,9 +97,10 @@ class Node:
             self._link, self._topics, self.counters, stats_interval_s=config.stats_interval_s, told=told
         )
         self._stopping = False
+        self._pace = Pace()
         self._up_site = None if config.uplink is None else config.uplink.site or config.site
         self._upper_link = self._link
-        self._uplink: Uplink[_Escalated] | None = None
+        self._uplink: Uplink[Escalated] | None = None
         if config.uplink is not None and last + 1 < segments:
             if config.uplink.broker is not None:
                 self._upper_link = open_link(
@@ -164,37 +146,43 @@ class Node:
             self._count_refused("topic", f"{topic[:200]} is no topic of a device or a node")
             return
         try:
-            message = packet.unpack(data)
-            if message.kind is not Kind.FEATURES:
-                raise PacketError(f"a packet of kind {message.kind.name} is no request")
-            if message.flags & ~packet.KEEP:
-                raise PacketError("the packet uses what this version does not know yet; update Kinflow on this node")
+            request = requests.read(client, data, arrived_ns)
         except PacketError as error:
             self._count_refused("damaged", str(error))
             return
-        budget_ms = NO_BUDGET_MS if message.budget_ms is None else message.budget_ms
-        request = _Request(client, message, arrived_ns, arrived_ns + budget_ms * 1_000_000)
-        if message.bundle != self.bundle.key:
-            self._refuse(
-                request, "bundle", f"this node holds bundle {self.bundle.key8}; install the same on every tier"
-            )
-        elif message.cut > self._tier.last:
-            self._refuse(request, "cut", f"this node's segments end at {self._tier.last}, cut {message.cut} is past it")
-        elif message.variant >= len(self._variants) or (message.variant and message.cut == 0):
-            self._refuse(request, "variant", f"variant {message.variant}: this bundle has {known(self.bundle)}")
+        unfit = requests.unfit(request.packet, self.bundle, last=self._tier.last)
+        if unfit is not None:
+            self._refuse(request, *unfit)
         elif self._stopping:
             self._refuse(request, "stopping", "this node is stopping")
-        elif not self._batcher.put(request, len(data)):
+        elif not self._queued(request, len(data)):
             self._refuse(request, "queue", "this node is busy")
 
-    def _serve(self, requests: Sequence[_Request]) -> None:
+    def _queued(self, request: Request, size_bytes: int) -> bool:
+        """Queue a request, newest first: one of the same camera that would be late gives way, when full any such."""
+        now_ns = request.arrived_ns
+        for _ in self._batcher.remove(lambda old: old.same_camera(request) and self._in_vain(old, now_ns)):
+            self._drop(requests.REPLACED)
+        if self._batcher.put(request, size_bytes):
+            return True
+        for _ in self._batcher.remove(lambda old: self._in_vain(old, now_ns)):
+            self._drop(requests.LATE_QUEUED)
+        return self._batcher.put(request, size_bytes)
+
+    def _in_vain(self, request: Request, now_ns: int) -> bool:
+        return self._pace.in_vain(f"cut{request.packet.cut}", request.deadline_ns, now_ns)
+
+    def _drop(self, reason: str) -> None:
+        self.counters.add("requests_dropped_total", reason=reason)
+
+    def _serve(self, taken: Sequence[Request]) -> None:
         """Run a batch and send what became of each of its frames."""
-        ready: list[_Request] = []
+        ready: list[Request] = []
         batch: list[Features] = []
-        for request in requests:
+        for request in taken:
             start_ns = time.monotonic_ns()
-            if start_ns >= request.deadline_ns:
-                self.counters.add("requests_dropped_total", reason="deadline")
+            if self._in_vain(request, start_ns):
+                self._drop(requests.LATE_QUEUED)
                 continue
             message = request.packet
             try:
@@ -217,37 +205,52 @@ class Node:
             return
         for variant in sorted({request.packet.variant for request in ready}):
             rows = [row for row, request in enumerate(ready) if request.packet.variant == variant]
+            now_ns = time.monotonic_ns()  # decoding, and running those of other variants, takes its time
+            late = [row for row in rows if self._in_vain(ready[row], now_ns)]
+            for row in late:
+                rows.remove(row)
+                self._drop(requests.LATE_DECODED)
+            if not rows:
+                continue
             self.counters.add("batches_total", size=len(rows))
             self._run([ready[row] for row in rows], [batch[row] for row in rows])
 
-    def _run(self, requests: Sequence[_Request], batch: Sequence[Features]) -> None:
+    def _run(self, ready: Sequence[Request], batch: Sequence[Features]) -> None:
         """Run frames whose features one variant has made."""
+        start_ns = time.monotonic_ns()
         try:
-            outcomes = cascade.run(batch, *self._variants[requests[0].packet.variant])
+            outcomes = cascade.run(batch, *self._variants[ready[0].packet.variant])
         except BundleError as error:
             if len(batch) > 1:  # one device's broken features are no reason to refuse the others'
-                for request, features in zip(requests, batch, strict=True):
+                for request, features in zip(ready, batch, strict=True):
                     self._run([request], [features])
             else:
-                log.error("a frame of %s cannot be run: %s", requests[0].client, error)
-                self._refuse(requests[0], "bundle", str(error))
+                log.error("a frame of %s cannot be run: %s", ready[0].client, error)
+                self._refuse(ready[0], "bundle", str(error))
             return
-        for request, outcome in zip(requests, outcomes, strict=True):
+        end_ns = time.monotonic_ns()
+        for request, outcome in zip(ready, outcomes, strict=True):
+            self._pace.took(f"cut{request.packet.cut}", (end_ns - start_ns) / 1e6, end_ns)
             request.timings.update(outcome.timings)
             for cut in outcome.withheld:
                 self.counters.add("answers_withheld_total", exit=cut, reason="unlike")
             if outcome.answer is not None:
                 self._answer(request, outcome.answer)
             elif outcome.features is not None:
-                self._escalate(_Escalated(request, outcome), outcome.features)
+                self._escalate(Escalated(request, outcome, outcome.features))
 
-    def _escalate(self, escalated: _Escalated, features: Features) -> None:
-        request = escalated.request
-        left_ns = request.deadline_ns - time.monotonic_ns()
-        sent: Sent[_Escalated] | str = "no uplink"
-        if self._uplink is not None:
+    def _escalate(self, escalated: Escalated) -> None:
+        request, now_ns = escalated.request, time.monotonic_ns()
+        left_ns = request.deadline_ns - now_ns
+        if left_ns <= 0:
+            self._drop(requests.LATE_RUN)
+            return
+        sent: Sent[Escalated] | str = "no uplink"
+        if self._uplink is not None and self._pace.in_vain("above", request.deadline_ns, now_ns):
+            sent = "late"
+        elif self._uplink is not None:
             sent = self._uplink.send(
-                features,
+                escalated.features,
                 escalated,
                 born_ns=request.arrived_ns - request.packet.age_us * 1000,
                 deadline_ns=request.deadline_ns - int(left_ns * KEPT_BACK_RATIO),
@@ -258,13 +261,14 @@ class Node:
         if isinstance(sent, str):
             self._answer_myself(escalated, sent)
 
-    def _replied(self, sent: Sent[_Escalated], said: Reply | str) -> None:
+    def _replied(self, sent: Sent[Escalated], said: Reply | str) -> None:
         """Hand an answer from above down, on the link's thread."""
         if isinstance(said, str):
             self._answer_myself(sent.context, f"refused: {said}")
             return
-        request = sent.context.request
-        above_ms = (time.monotonic_ns() - sent.sent_ns) / 1e6
+        request, now_ns = sent.context.request, time.monotonic_ns()
+        above_ms = (now_ns - sent.sent_ns) / 1e6
+        self._pace.took("above", above_ms, now_ns)
         timings = {
             **self._named(request.timings),
             f"{self.tier_name}.encode": sent.encode_ms,
@@ -273,7 +277,7 @@ class Node:
         }
         self._reply(request, msgspec.structs.replace(said, timings=timings))
 
-    def _answer_myself(self, escalated: _Escalated, reason: str) -> None:
+    def _answer_myself(self, escalated: Escalated, reason: str) -> None:
         """Answer from this tier's best exit, because nothing above does."""
         tier, _ = self._variants[escalated.request.packet.variant]
         best = cascade.last_word(escalated.outcome, tier)
@@ -283,20 +287,23 @@ class Node:
             degraded = f"{self.tier_name} uplink: {reason}"
             self._answer(escalated.request, best, degraded=degraded[: reply.MAX_DEGRADED])
 
-    def _answer(self, request: _Request, said: ExitOutput, degraded: str | None = None) -> None:
+    def _answer(self, request: Request, said: ExitOutput, degraded: str | None = None) -> None:
         timings = self._named(request.timings)
         self._reply(request, reply.of(said, self.tier_name, timings, degraded))
 
     def _named(self, timings: dict[str, float]) -> dict[str, float]:
         return {f"{self.tier_name}.{stage}": took_ms for stage, took_ms in timings.items()}
 
-    def _reply(self, request: _Request, said: Reply) -> None:
+    def _reply(self, request: Request, said: Reply) -> None:
+        if time.monotonic_ns() >= request.deadline_ns:
+            self._drop(requests.LATE_ANSWER)
+            return
         self.counters.add("replies_total", tier=said.tier, exit=said.exit)
         if said.degraded is not None:
             self.counters.add("replies_degraded_total")
         self._send_down(request, Kind.RESULT, reply.encode(said))
 
-    def _refuse(self, request: _Request, reason: str, sentence: str, flags: int = 0) -> None:
+    def _refuse(self, request: Request, reason: str, sentence: str, flags: int = 0) -> None:
         self._count_refused(reason, sentence)
         self._send_down(request, Kind.REFUSAL, sentence.encode(), flags)
 
@@ -304,7 +311,7 @@ class Node:
         self.counters.add("packets_refused_total", reason=reason)
         log.debug("refused a packet: %s", sentence)
 
-    def _send_down(self, request: _Request, kind: Kind, payload: bytes, flags: int = 0) -> None:
+    def _send_down(self, request: Request, kind: Kind, payload: bytes, flags: int = 0) -> None:
         message = request.packet
         answer = Packet(
             kind=kind,

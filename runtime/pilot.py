@@ -204,7 +204,7 @@ class Pilot:
             silent = known.link.age_ms / 1000
             lost = "nothing has ever come back" if math.isinf(silent) else f"nothing has come back for {silent:.1f} s"
         self.limits = self._ladder.step(
-            now_ns, lost=lost, board=board, bytes_now=self.decision.bytes, goodput=known.link.goodput
+            now_ns, lost=lost, board=board, bytes_now=self.decision.frame_bytes, goodput=known.link.goodput
         )
         before = self.decision
         self.decision = plan(
@@ -238,10 +238,14 @@ class Pilot:
         return self.arrival_ms(now_ns, captured_ns) > self.limit_ms
 
     def full(self) -> bool:
-        """Whether as many frames are on their way as can come back in time: rate times time (Little's law)."""
-        rate = self.known.frames_per_second
+        """Whether as many frames are on their way as should be: rate times time (Little's law).
+
+        The time is twice what an answer is predicted to take: more could still be in time when the link only stalls,
+        but would have to drain first when it has become slow.
+        """
         flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
-        return flying >= max(LEAST_FLYING, math.ceil(rate * self.limit_ms / 1000) + 1)
+        in_time_ms = min(self.limit_ms, 2 * self.decision.latency_ms)
+        return flying >= max(LEAST_FLYING, math.ceil(self.known.frames_per_second * in_time_ms / 1000) + 1)
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
         """How to send this frame to learn something, though the plan would not; None: not now.

@@ -84,6 +84,7 @@ class Predictions:
     local_ms: Floats  # of work on this device
     transfer_ms: Floats  # of a large frame (95th percentile of bytes) on the link
     share: Floats  # of the frames no exit answers: what the link can carry
+    frame_bytes: Floats  # as `bytes`, were the link to carry all of them
     large_bytes: Floats  # of a large frame's message
     fits: NDArray[np.bool_]  # whether that is no more than the broker takes
 
@@ -165,6 +166,7 @@ class Tables:
             local_ms=local,
             transfer_ms=transfer_ms,
             share=share,
+            frame_bytes=goes_up * typical,
             large_bytes=large,
             fits=large <= known.max_packet_bytes,
         )
@@ -184,7 +186,8 @@ class Tables:
         if not limits.sends:
             found &= ~self._sends
         if limits.max_bytes < math.inf:
-            found &= said.bytes <= max(limits.max_bytes, said.bytes[self._sends].min(initial=math.inf) + 1e-6)
+            least = said.frame_bytes[self._sends].min(initial=math.inf) + 1e-6
+            found &= said.frame_bytes <= max(limits.max_bytes, least)
         if limits.deepest:
             found &= (self._lasts == self._lasts[self._sends].max(initial=-1)) | ~self._sends
         if limits.fastest:

@@ -39,6 +39,7 @@ class Decision:
     candidate: Candidate
     latency_ms: float
     bytes: float
+    frame_bytes: float  # were the link to carry all frames
     agreement: float
     rung: str
     reason: str  # for counters: start, latency, bytes, agreement, oversize, better, or the rung that forced it
@@ -216,6 +217,7 @@ def _decide(
         candidate=tables.candidates[index],
         latency_ms=float(said.latency_ms[index]),
         bytes=float(said.bytes[index]),
+        frame_bytes=float(said.frame_bytes[index]),
         agreement=float(said.agreement[index]),
         rung=limits.rung,
         reason=reason,

@@ -144,7 +144,7 @@ def test_a_request_whose_budget_has_ended_is_not_run(client: Client, node: Node)
     client.send(client.request(1, budget_ms=0))
     assert isinstance(client.ask(2), reply.Reply)
     assert 1 not in client.replies
-    assert node.counters.snapshot()['requests_dropped_total{reason="deadline"}'] == 1
+    assert node.counters.total("requests_dropped_total") == 1
 
 
 def test_ten_thousand_pieces_of_garbage(client: Client, node: Node) -> None:
