@@ -241,6 +241,7 @@ class MqttLink:
             self._heartbeat.heard(self._heard_s)
             if result != OK:
                 return result
+        self._out.expire()
         result = self._out.write(client)
         self._out.tell()
         return client.loop_misc() if result == OK else result

@@ -159,6 +159,11 @@ class Outgoing:
                     if not self._hand_over(client):
                         return OK
 
+    def expire(self) -> None:
+        """Drop what is late, also while nothing can be written."""
+        with self._lock:
+            self._note_dropped(self._queue.expire(time.monotonic_ns()))
+
     def unwritten_bytes(self) -> int:
         """What paho may still have to write, at the most."""
         with self._lock:

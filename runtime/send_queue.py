@@ -41,7 +41,7 @@ class SendQueue:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._lanes: dict[Lane, OrderedDict[int | str, Message]] = {lane: OrderedDict() for lane in Lane}
+        self._lanes: list[OrderedDict[int | str, Message]] = [OrderedDict() for _ in Lane]  # by lane
         self._numbers = count()
         self._messages = 0
         self._bytes = 0
@@ -72,9 +72,9 @@ class SendQueue:
         dropped: list[Dropped] = []
         if not self._fits(message, lane.get(key), ahead, ahead_bytes):
             dropped = self.expire(now_ns)
-            giving: list[tuple[Lane, int | str]] = []
-            for lower in reversed(Lane):
-                giving += ((lower, name) for name in self._lanes[lower] if lower > message.lane)
+            giving: list[tuple[int, int | str]] = []
+            for lower in range(max(Lane), message.lane, -1):
+                giving += ((lower, name) for name in self._lanes[lower])
             freed = iter(giving)
             messages, size = ahead, ahead_bytes
             chosen = []
@@ -100,17 +100,18 @@ class SendQueue:
     def take(self, now_ns: int, *, confirmable: bool = True) -> tuple[Message | None, list[Dropped]]:
         """Take the next message out; without `confirmable` none of QoS 1, nor what stands behind one in its lane."""
         dropped = self.expire(now_ns)
-        for lane, messages in self._lanes.items():
-            for key, message in messages.items():
-                if message.qos and not confirmable:
-                    break
-                return self._remove(lane, key), dropped
+        for lane, messages in enumerate(self._lanes):
+            if messages:
+                key, message = next(iter(messages.items()))
+                if confirmable or not message.qos:
+                    return self._remove(lane, key), dropped
         return None, dropped
 
     def ready(self, *, confirmable: bool = True) -> bool:
         """Whether `take` has something to give, unless it is late by then."""
-        firsts = (next(iter(messages.values()), None) for messages in self._lanes.values())
-        return any(first is not None and (confirmable or not first.qos) for first in firsts)
+        if confirmable or not self._messages:
+            return self._messages > 0
+        return any(not next(iter(messages.values())).qos for messages in self._lanes if messages)
 
     def expire(self, now_ns: int) -> list[Dropped]:
         """Take out what nobody wants any more."""
@@ -118,19 +119,19 @@ class SendQueue:
             return []
         late = [
             (lane, key)
-            for lane, messages in self._lanes.items()
+            for lane, messages in enumerate(self._lanes)
             for key, message in messages.items()
             if message.expires_ns is not None and message.expires_ns <= now_ns
         ]
         dropped = [(self._remove(lane, key), "late") for lane, key in late]
-        ends = [one.expires_ns for lane in self._lanes.values() for one in lane.values() if one.expires_ns is not None]
+        ends = [one.expires_ns for lane in self._lanes for one in lane.values() if one.expires_ns is not None]
         self._earliest_ns = min(ends, default=math.inf)
         return dropped
 
     def clear(self) -> list[Message]:
         """Take everything out."""
-        everything = [message for messages in self._lanes.values() for message in messages.values()]
-        for messages in self._lanes.values():
+        everything = [message for messages in self._lanes for message in messages.values()]
+        for messages in self._lanes:
             messages.clear()
         self._messages = self._bytes = 0
         return everything
@@ -140,7 +141,7 @@ class SendQueue:
         size = self._bytes + ahead_bytes + message.cost_bytes - (older.cost_bytes if older else 0)
         return messages <= self._max_messages and size <= self._max_bytes
 
-    def _remove(self, lane: Lane, key: int | str) -> Message:
+    def _remove(self, lane: int, key: int | str) -> Message:
         message = self._lanes[lane].pop(key)
         self._messages -= 1
         self._bytes -= message.cost_bytes

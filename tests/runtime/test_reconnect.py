@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import errno
+import itertools
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.reconnect import BACKOFF_MAX_S, SILENT_S, Outcome, Pauses, Versions, no_way
+
+
+def test_after_any_silence_the_next_attempt_is_soon() -> None:
+    """TCP sends its first packet again after 1 and 3 s: so no more than 2 s pass without one."""
+    pauses = Pauses()
+    attempts = []
+    at_s = 0.0
+    while at_s < 60:
+        patience_s = pauses.patience_s
+        attempts.append((at_s, patience_s))
+        at_s += patience_s + pauses.after(Outcome.SILENT, patience_s)
+    sent = sorted(
+        at_s + again_s for at_s, patience_s in attempts for again_s in (0.0, 1.0, 3.0) if again_s < patience_s
+    )
+    assert max(late - early for early, late in itertools.pairwise(sent)) <= 2.0 + 1e-6
+    assert {patience_s for _, patience_s in attempts} == set(SILENT_S)
+
+
+def test_refusals_are_asked_more_and_more_rarely() -> None:
+    pauses = Pauses()
+    waits = [pauses.after(Outcome.REFUSED, 0.01) for _ in range(12)]
+    assert waits == sorted(waits)
+    assert waits[-1] == BACKOFF_MAX_S
+    assert pauses.after(Outcome.LOST, 60.0) < 1, "once it was well, all is forgotten"
+
+
+def test_being_accepted_and_dropped_at_once_is_no_success() -> None:
+    pauses = Pauses()
+    waits = [pauses.after(Outcome.LOST, 0.1) for _ in range(10)]
+    assert pauses.dropped_again
+    assert waits[0] < 1
+    assert waits[-1] > 10
+    pauses.after(Outcome.LOST, 5.0)
+    assert not pauses.dropped_again
+
+
+@given(st.lists(st.tuples(st.sampled_from(Outcome), st.floats(0, 100)), max_size=60))
+def test_no_pause_is_longer_than_the_longest(ends: list[tuple[Outcome, float]]) -> None:
+    pauses = Pauses()
+    for outcome, lasted_s in ends:
+        assert 0 < pauses.after(outcome, lasted_s) <= BACKOFF_MAX_S
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
+        (ValueError("no port"), False),
+    ],
+)
+def test_only_what_never_left_the_machine_is_away(error: Exception, away: bool) -> None:
+    assert no_way(error) == away
+
+
+def test_versions_take_turns_until_one_is_accepted() -> None:
+    versions = Versions("auto")
+    assert str(versions.now) == "5"
+    versions.hung_up()
+    assert str(versions.now) == "3.1.1"
+    versions.hung_up()
+    assert str(versions.now) == "5"
+
+
+def test_a_broker_that_is_killed_amid_a_connect_does_not_cost_mqtt_5() -> None:
+    versions = Versions("auto")
+    versions.accepted()
+    versions.lost()
+    for _ in range(4):
+        versions.hung_up()
+        assert str(versions.now) == "5"
+    versions.hung_up()
+    assert str(versions.now) == "3.1.1", "or it has become another broker"
+
+
+def test_one_accident_at_the_start_is_made_good() -> None:
+    versions = Versions("auto")
+    versions.hung_up()
+    versions.accepted()
+    versions.lost()
+    assert str(versions.now) == "5"
+
+
+def test_a_broker_that_says_that_it_has_no_5_is_not_asked_again() -> None:
+    versions = Versions("auto")
+    versions.refused()
+    for _ in range(3):
+        assert str(versions.now) == "3.1.1"
+        versions.accepted()
+        versions.lost()
+
+
+def test_silence_counts_only_while_nothing_was_ever_accepted() -> None:
+    versions = Versions("auto")
+    versions.silent()
+    assert str(versions.now) == "3.1.1"
+    versions.accepted()
+    versions.silent()
+    assert str(versions.now) == "3.1.1"
+
+
+@given(st.lists(st.sampled_from(["hung_up", "refused", "lost", "accepted", "silent"]), max_size=30))
+@pytest.mark.parametrize("setting", ["5", "3.1.1"])
+def test_a_version_that_is_set_stays(setting: str, happened: list[str]) -> None:
+    versions = Versions(setting)  # type: ignore[arg-type]
+    for what in happened:
+        getattr(versions, what)()
+    assert versions.now == setting
