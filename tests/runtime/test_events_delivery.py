@@ -81,6 +81,12 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def more(program: Program, lines: int) -> None:
+    """Wait until it has printed so many more."""
+    wanted = len(program.lines) + lines
+    until(lambda: len(program.lines) >= wanted)
+
+
 @pytest.fixture
 def kinflow() -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
@@ -137,13 +143,11 @@ def test_a_broker_that_is_killed_again_and_again_loses_and_doubles_nothing(
     listening = consumer(mosquitto.port)
     board = device(mosquitto.port, drain_per_second=200)
     for down_s in (0.2, 1.5, 2.5):
-        heard = len(listening.lines)
-        until(lambda heard=heard: len(listening.lines) > heard + 4)
+        more(listening, 5)
         mosquitto.kill()
         time.sleep(down_s)
         mosquitto.restart()
-    heard = len(listening.lines)
-    until(lambda: len(listening.lines) > heard + 10)
+    more(listening, 10)
     assert board.end() == 0
     told = made(board)
     until(lambda: len(listening.lines) >= told)

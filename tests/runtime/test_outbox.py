@@ -103,7 +103,7 @@ def test_while_nobody_listens_one_letter_asks_more_and_more_rarely() -> None:
     mail = Mail()
     for _ in range(5):
         mail.put()
-    asked = []
+    asked: list[tuple[int, int]] = []
     while len(asked) < 8:
         if (number := mail.take()) is not None:
             asked.append((number, mail.now_ns))
