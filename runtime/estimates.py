@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 MEMORY_NS = 4_000_000_000  # of frames in the fit of a link
 FLOOR_NS = 60_000_000_000  # of the shortest round trip
 FITTED_NS = 10_000_000_000  # of a round trip that sizes told
+START_GOODPUT = 125_000.0  # bytes a second, before anything is known
 SAMPLES = 24
 ENOUGH, FIT_NS = 8, 100_000_000  # frames from which on, and how often, a fit without contradictions is made anew
 PAIRS = 6  # of frames with sizes apart, fewer do not tell a slope
@@ -32,7 +33,9 @@ CONTRADICTS_RATIO, CONTRADICTS_MS = 0.5, 15.0  # of a frame's own transfer, and 
 LEAST_MS = 1.0  # below this a transfer cannot be told from noise, so goodput is known to be at least so much
 NOISE_MS = 20.0  # a transfer shorter than this, and than how late frames are at times, is not told by one frame
 OUTCOMES = 50
-SILENT_NS = 300_000_000
+SILENT_NS, SILENT_RTTS = 300_000_000, 4.0  # without any word, before frames that are overdue mean an outage
+STALL_MS = 200.0  # and a round trip: what a lost segment holds up the others by (TCP's least time-out)
+PROVEN_RATIO, HALF_LIFE_S, GAP_S = 4.0, 10.0, 2.0
 MISSES_LOST = 2  # frames in a row without a word from above after which the link counts as lost
 
 
@@ -81,6 +84,8 @@ class LinkEstimator:
         self._against = 0  # frames in a row that contradict the fit: how many, later ones positive
         self._passed_ns = self._passed_sent_ns = 0  # of the frame sent last among those answered
         self._fit_ns = 0
+        self._proven = START_GOODPUT / PROVEN_RATIO  # bytes a second that the link has carried lately
+        self._delivered: deque[tuple[int, int]] = deque()  # in the last second: when, bytes
         self._fitted_ns = 0  # when sizes last told the round trip
         self._heard_ns: int | None = None
         self._answered_sent_ns = -1  # when the frame went up that was sent last among those with a word
@@ -93,6 +98,7 @@ class LinkEstimator:
             Whether what was known has become obsolete by it.
         """
         self._hear(sent_ns, replied_ns)
+        self._prove(replied_ns, size)
         if sent_ns <= self._passed_sent_ns:
             return False  # later ones overtook it, so what held it up was not the pipe
         passed_ns = replied_ns - round(max(0.0, node_ms) * 1e6)
@@ -137,7 +143,8 @@ class LinkEstimator:
         """No answer came in time for the frame that went up at `sent_ns`."""
         self._record(sent_ns, answered=False)
         # Where later ones were answered this one was lost; where one was just now, the pipe is full, and alive.
-        silent = self._heard_ns is None or now_ns - self._heard_ns > SILENT_NS
+        patience_ns = max(SILENT_NS, SILENT_RTTS * (self._rtt_ms or 0.0) * 1e6)
+        silent = self._heard_ns is None or now_ns - self._heard_ns > patience_ns
         if silent and sent_ns > self._answered_sent_ns:
             self._misses += 1
 
@@ -161,18 +168,30 @@ class LinkEstimator:
             since_ms = (
                 (now_ns - max(waiting_since_ns, self._passed_ns - round(rtt_ms * 1e6))) / 1e6 - rtt_ms - jitter_ms
             )
-            if since_ms > 3 * waiting_bytes * ms_per_byte + CONTRADICTS_MS:
+            if since_ms > 3 * waiting_bytes * ms_per_byte + CONTRADICTS_MS + STALL_MS + rtt_ms:
                 ms_per_byte = since_ms / waiting_bytes
         typical = max((sample.size for sample in self._samples), default=1)
+        bounded = typical * ms_per_byte <= max(2 * LEAST_MS, jitter_ms)
+        goodput = 1000 / ms_per_byte
         return LinkEstimate(
-            goodput=1000 / ms_per_byte,
+            # A link lets some bytes through at once; what it carries all the time has to be tried step by step.
+            goodput=min(goodput, PROVEN_RATIO * self._proven) if bounded else goodput,
             rtt_ms=rtt_ms,
             jitter_ms=jitter_ms,
             loss_ratio=loss,
             lost=self.lost,
             age_ms=age_ms,
-            bounded=typical * ms_per_byte <= max(2 * LEAST_MS, jitter_ms),
+            bounded=bounded,
         )
+
+    def _prove(self, now_ns: int, size: int) -> None:
+        """Keep the most bytes that were answered in any second, and forget it slowly; outages do not count."""
+        while self._delivered and self._delivered[0][0] < now_ns - 1_000_000_000:
+            self._delivered.popleft()
+        gap_s = min(GAP_S, (now_ns - self._delivered[-1][0]) / 1e9) if self._delivered else GAP_S
+        self._delivered.append((now_ns, size))
+        rate = float(sum(size for _, size in self._delivered))
+        self._proven = max(rate, self._proven * 0.5 ** (gap_s / HALF_LIFE_S))
 
     def _hear(self, sent_ns: int, now_ns: int) -> None:
         if self.lost:  # that was an outage; it says nothing of how many frames get lost else

@@ -15,7 +15,7 @@ from runtime.ladder import FREE, Ladder, Limits
 from runtime.objective import Objective
 from runtime.plan_rates import Way
 from runtime.plan_tables import Candidate, Estimates, Tables, encode_stage
-from runtime.planner import Decision, plan, probe
+from runtime.planner import LATENCY_MARGIN, Decision, plan, probe
 from runtime.thermals import Board
 from runtime.workload import RateEstimator, Window, WorkEstimator, node_stages
 
@@ -234,17 +234,17 @@ class Pilot:
         return age_ms + encode_ms + wait_ms + (link.rtt_ms or 0.0) + above_ms
 
     def too_late(self, now_ns: int, captured_ns: int) -> bool:
-        """Whether an answer from above would come after the limit on its age."""
-        return self.arrival_ms(now_ns, captured_ns) > self.limit_ms
+        """Whether an answer from above would come after the limit on its age, or too near to it."""
+        return self.arrival_ms(now_ns, captured_ns) > LATENCY_MARGIN * self.limit_ms
 
     def full(self) -> bool:
         """Whether as many frames are on their way as should be: rate times time (Little's law).
 
-        The time is twice what an answer is predicted to take: more could still be in time when the link only stalls,
-        but would have to drain first when it has become slow.
+        The time is what an answer is predicted to take: more could still be in time when the link only stalls, but would
+        have to drain first when it has become slow.
         """
         flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
-        in_time_ms = min(self.limit_ms, 2 * self.decision.latency_ms)
+        in_time_ms = min(self.limit_ms, self.decision.latency_ms)
         return flying >= max(LEAST_FLYING, math.ceil(self.known.frames_per_second * in_time_ms / 1000) + 1)
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
@@ -267,7 +267,7 @@ class Pilot:
                 self._silent_ms = min(2 * self._silent_ms, self._spaced(found.way, SILENT_PROBE_MS))
                 self._silent_ns = now_ns + round(self._silent_ms * 1e6)
                 return Probe(found, copy=True)
-        if kept or now_ns < self._reach_ns:
+        if kept or now_ns < self._reach_ns or self.full() or self.too_late(now_ns, now_ns):
             return None
         self._reach_ms = min(2 * self._reach_ms, MAX_REACH_MS)
         self._reach_ns = now_ns + round(self._reach_ms * 1e6)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.estimates import START_GOODPUT
 from runtime.ladder import FREE, Limits
 from runtime.objective import Objective
 from runtime.plan_tables import Candidate, Estimates, Predictions, Tables
@@ -28,7 +29,6 @@ CALM_MS = 60_000.0  # and after so long without one, all is forgiven
 LATENCY_MARGIN, BYTES_MARGIN = 0.85, 0.9
 GAIN_AGREEMENT, GAIN_RATIO = 0.005, 0.1
 PROBE_RATIO = 4.0  # how much better a link may be than it is known to be
-START_GOODPUT = 125_000.0  # bytes a second, before anything is known
 
 
 @dataclass(frozen=True, slots=True)

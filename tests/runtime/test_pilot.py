@@ -131,7 +131,6 @@ def test_what_can_only_come_too_late_is_given_up_before_its_budget_ends() -> Non
 def test_frames_that_later_ones_overtook_step_nothing_down() -> None:
     flown = pilot()
     now = talk(flown, 1000, 8)
-    rung = flown.decision
     for number in range(40):
         sent = (now + 100 * number) * MS
         flown.sent(sent, 1000, WAY, encode_ms=3.0)
@@ -140,7 +139,7 @@ def test_frames_that_later_ones_overtook_step_nothing_down() -> None:
         flown.step(sent + 140 * MS)
     assert flown.limits.rung == "full"
     assert flown.known.link.loss_ratio > 0.1
-    assert flown.decision.bytes >= rung.bytes
+    assert flown.decision.reason in ("start", "better")
 
 
 def test_nothing_new_is_not_thought_about_again_for_a_while() -> None:
