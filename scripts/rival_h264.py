@@ -108,6 +108,7 @@ class Rival:
         self._scenario = scenario
         self._budget_ms = budget_ms
         self.struck: Counter[str] = Counter()
+        self.start_s: float | None = None  # time.monotonic() when the first frame was grabbed
         self.link_bytes: list[tuple[int, int]] = []
         self.counters: dict[str, dict[str, int]] = {}
         self._stack = contextlib.ExitStack()
@@ -140,8 +141,9 @@ class Rival:
                 for line in device.stdout:
                     tree = msgspec.json.decode(line)
                     if tree.get("event") == "started":
-                        strikes.begin(tree["grabbed_s"])
-                        self._shaper.begin(tree["grabbed_s"])
+                        self.start_s = start_s = tree["grabbed_s"]
+                        strikes.begin(start_s)
+                        self._shaper.begin(start_s)
                         continue
                     if tree.get("event") == "stopped":
                         self.counters["device"] = tree["counters"]

@@ -1,9 +1,9 @@
 """What a run of a scenario came to, phase by phase. Pure; `scripts/bench_scenario` prints it.
 
-Every frame that the camera gave until the end of the scenario counts in the phase in which it was due. It is *in time*
-when it has an answer that is not older than the budget, and *undegraded* when that answer is also the one that was
-aimed for. Agreement is with the whole model of the bundle on the same frame, by the bundle's task: equal labels, or F1
-of matched boxes.
+Every frame that the camera gave until the end of the scenario counts in the phase in which it was grabbed. It is *in
+time* when it has an answer that is not older than the budget, and *undegraded* when that answer is also the one that
+was aimed for. Agreement is with the whole model of the bundle on the same frame, by the bundle's task: equal labels, or
+F1 of matched boxes.
 
 Settling, of a phase in which something passes: the time from its beginning until the share of undegraded frames reaches
 `SHARE` of what it is in the phase's second half, and keeps it, second by second, for `KEEPS_S`.
@@ -104,11 +104,10 @@ def agreed(marks: Sequence[tuple[float, int, int]]) -> Agreed | None:
 
 
 def figures(
-    lines: Sequence[Result | Dropped],
+    lines: Sequence[tuple[float, Result | Dropped]],
     scenario: Scenario,
     *,
     fps: float,
-    first: int,
     captured: int,
     budget_ms: float,
     link_bytes: Sequence[tuple[int, int]],
@@ -117,27 +116,40 @@ def figures(
     """The figures of every phase.
 
     Args:
-        lines: what became of each frame that was taken from the camera, in any order.
+        lines: what became of each frame that was taken from the camera, in any order; of a Result with the seconds of
+            the scenario at which its frame was grabbed. Of other frames that is told by those that they lie between.
         scenario: the phases, and when the camera stalled.
-        fps: frames of the source that are due in a second; the index of a frame tells when it was.
-        first: the frame with whose grab the scenario's clock started.
+        fps: frames of the source that are due in a second.
         captured: how many the camera gave; those without a line were overwritten by later ones.
         budget_ms: an older answer is not in time.
         link_bytes: for each phase the bytes up and down.
         judge: says what an answer is worth.
     """
-    told = {line.frame for line in lines}
+    told = {line.frame for _, line in lines}
     untold = (index for index in count() if index not in told and not _stalled(index / fps, scenario))
     lost = [Dropped("", index, OVERWRITTEN) for index in islice(untold, max(0, captured - len(told)))]
     members: list[list[tuple[float, Result | Dropped]]] = [[] for _ in scenario.phases]
-    for line in sorted((*lines, *lost), key=lambda line: line.frame):
-        at_s = (line.frame - first) / fps
+    known = {line.frame: at_s for at_s, line in lines if isinstance(line, Result)}
+    ended = sorted((*(line for _, line in lines), *lost), key=lambda line: line.frame)
+    times_s = _between(known, [line.frame for line in ended], fps)
+    for at_s, line in zip(times_s, ended, strict=True):
         if at_s < scenario.duration_s:
             members[scenario.index(at_s)].append((at_s, line))
     return tuple(
         _phase(phase, own, budget_ms, passed, judge)
         for phase, own, passed in zip(scenario.phases, members, link_bytes, strict=True)
     )
+
+
+def _between(known: Mapping[int, float], frames: Sequence[int], fps: float) -> list[float]:
+    """When frames were grabbed, of some of which it is known; before the first and after the last at the usual pace."""
+    if not known:
+        return [frame / fps for frame in frames]
+    places = np.array(sorted(known))
+    times_s = np.array([known[place] for place in places])
+    inner = np.interp(frames, places, times_s)
+    outer = np.minimum(np.array(frames) - places[0], 0) + np.maximum(np.array(frames) - places[-1], 0)
+    return [float(at_s) for at_s in inner + outer / fps]
 
 
 def _stalled(at_s: float, scenario: Scenario) -> bool:

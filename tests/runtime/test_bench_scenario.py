@@ -93,10 +93,9 @@ def test_every_captured_frame_counts_once(data: st.DataObject, seconds: int) -> 
             flag = {"late": "deadline", "degraded": "busy: 4"}.get(what)
             lines.append(answer(number, age_ms=900.0 if what in ("late", "old") else 50.0, degraded=flag))
     found = figures(
-        lines,
+        [(line.frame / FPS if isinstance(line, Result) else 99.0, line) for line in lines],
         plan,
         fps=FPS,
-        first=0,
         captured=len(given_frames),
         budget_ms=500,
         link_bytes=[(1, 2), (3, 4)],
@@ -110,6 +109,25 @@ def test_every_captured_frame_counts_once(data: st.DataObject, seconds: int) -> 
     assert sum(phase.unflagged for phase in found) == len(unflagged)
     assert found[1].settled_s is None
     assert (found[1].bytes_up, found[1].bytes_down) == (3, 4)
+
+
+def test_a_camera_that_lags_changes_no_phase() -> None:
+    way = Way()
+    plan = Scenario((Phase("one", 0, 10, way, way), Phase("two", 10, 10, way, way)))
+    late: list[tuple[float, Result | Dropped]] = [(number * 0.1, answer(number)) for number in range(0, 100, 2)]
+    late[25:] = [(5 + (number - 50) * 0.2, answer(number)) for number in range(50, 100, 2)]
+    one, two = figures(
+        [*late, (50.0, Dropped("cam0", 99, "offline"))],
+        plan,
+        fps=10,
+        captured=100,
+        budget_ms=500,
+        link_bytes=[(0, 0), (0, 0)],
+        judge=lambda line: (1, 1),
+    )
+    assert (one.frames, two.frames) == (75, 25)
+    assert one.dropped == {"stale": 37}
+    assert two.dropped == {"stale": 12, "offline": 1}
 
 
 def test_agreement_pools_parts_and_resamples_seconds() -> None:
