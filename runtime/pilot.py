@@ -240,8 +240,8 @@ class Pilot:
     def full(self) -> bool:
         """Whether as many frames are on their way as should be: rate times time (Little's law).
 
-        The time is what an answer is predicted to take: more could still be in time when the link only stalls, but would
-        have to drain first when it has become slow.
+        The time is what an answer is predicted to take: more could still be in time where the link only stalls, but
+        would have to drain first where it has become slow.
         """
         flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
         in_time_ms = min(self.limit_ms, self.decision.latency_ms)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from runtime import packet, reply
@@ -20,9 +20,10 @@ from runtime.coding import Encoder
 from runtime.counters import Counters
 from runtime.datatypes import Features, Tensor
 from runtime.errors import PacketError
+from runtime.fitting import Fitting
 from runtime.link import Lane, Link
 from runtime.manifest import Bundle
-from runtime.packet import Kind, Packet
+from runtime.packet import HEADER, Kind, Packet
 from runtime.plan_rates import Way
 from runtime.reply import Reply
 from runtime.task import open_task
@@ -94,6 +95,7 @@ class Uplink(Generic[Context]):
     ) -> None:
         self._encoder = Encoder(bundle, codec=codec, cut=cut, between_frames=between_frames)
         self.prepare = self._encoder.prepare
+        self._fitting = Fitting(bundle, self._encoder, counters)
         self._on_late = on_late
         self._given_back: OrderedDict[int, Sent[Context]] = OrderedDict()  # by sequence; guarded by _lock
         self._link = link
@@ -177,9 +179,20 @@ class Uplink(Generic[Context]):
         frame = sent.frame
         start_ns = time.monotonic_ns()
         way, alone = frame.way, frame.alone or again is not None
-        coded = self._encoder.encode(frame.tensor, camera=frame.camera, origin=frame.origin, alone=alone, way=way)
-        if len(coded.payload) > packet.MAX_PAYLOAD_BYTES:
+        topic = self._topics.request(self._bundle.key8, way.cut)
+        coded = self._fitting.encode(
+            frame.tensor,
+            camera=frame.camera,
+            origin=frame.origin,
+            alone=alone,
+            way=way,
+            most_bytes=self._most_bytes(topic),
+        )
+        if coded is None:
             return "oversize"
+        if coded.way != way:
+            way = coded.way
+            sent.frame = replace(frame, way=way)
         now_ns = time.monotonic_ns()
         budget_ms = (sent.deadline_ns - now_ns) // 1_000_000
         if budget_ms <= 0:
@@ -202,7 +215,6 @@ class Uplink(Generic[Context]):
                 age_us=(now_ns - frame.born_ns) // 1000,
             )
         )
-        topic = self._topics.request(self._bundle.key8, way.cut)
         # Its bookkeeping comes first, as no answer may overtake it, and without the lock, as the link may call
         # `_receive` from inside `publish`. The link then says the exact bytes, which differ by one in MQTT 3.1.1.
         expected_bytes = publish_bytes(topic, len(data))
@@ -228,6 +240,13 @@ class Uplink(Generic[Context]):
         if coded.reference is not None:
             self._counters.add("offload_against_bytes_total", bytes_up)
         return ""
+
+    def _most_bytes(self, topic: str) -> int:
+        """That a payload may have, so that the broker takes the message."""
+        most = self._link.max_packet_bytes
+        if most is None:
+            return packet.MAX_PAYLOAD_BYTES
+        return min(packet.MAX_PAYLOAD_BYTES, 2 * most - publish_bytes(topic, most, alias=True) - HEADER.size)
 
     def expire(self, now_ns: int) -> list[Sent[Context]]:
         """Take back what has passed its deadline."""

@@ -54,7 +54,7 @@ LAYERS = (
         "batcher",
         "reply",
         "references",
-        "coding",
+        *("coding", "fitting"),
         "uplink",
         *("steering", "course"),
         "broker",
