@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
 import click
 import msgspec
@@ -29,8 +30,8 @@ DAY_S = 86_400
 class Heard(msgspec.Struct, frozen=True):
     """What of an event is looked at here."""
 
-    session: str
-    sequence: int
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]  # we keep it
+    sequence: Annotated[int, msgspec.Meta(ge=1)]
     type: str
     camera: str
     label: str
@@ -175,7 +176,7 @@ class Printer:
         except msgspec.DecodeError as error:
             log.warning("%s: no event that this version can read: %s", printable(topic), printable(str(error)))
             return
-        if found is None or event.sequence < 1:
+        if found is None:
             log.warning("%s: no event of a device", printable(topic))
             return
         who = found[0].name

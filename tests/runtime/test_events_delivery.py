@@ -289,7 +289,8 @@ def publish(broker: Any, sequences: list[int]) -> None:
     told = {"type": "new", "camera": "porch", "label": "lamp\x1b", "score": 0.91, "duration_ms": 2500.0}
     topic = "kinflow/v1/home/d/board/cam/porch/event"
     payloads = [json.dumps({"session": "a1", "sequence": number, "age_ms": None, **told}) for number in sequences]
-    multiple([(topic, payload, 1, False) for payload in ["no JSON", *payloads]], "127.0.0.1", broker.port)
+    strange = json.dumps({"session": "a" * 65, "sequence": 1, **told})
+    multiple([(topic, payload, 1, False) for payload in ["no JSON", strange, *payloads]], "127.0.0.1", broker.port)
 
 
 @pytest.mark.parametrize(
