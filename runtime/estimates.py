@@ -221,6 +221,8 @@ class LinkEstimator:
         self._against = 0
         while len(self._samples) >= CONTRADICTIONS:
             self._samples.popleft()
+        if direction > 0:  # what was carried before is not carried now
+            self._proven = float(sum(size for _, size in self._delivered))
         return True
 
     def _remember_floor(self, now_ns: int, ms: float) -> None:

@@ -240,11 +240,11 @@ class Pilot:
     def full(self) -> bool:
         """Whether as many frames are on their way as should be: rate times time (Little's law).
 
-        The time is what an answer is predicted to take: more could still be in time where the link only stalls, but
-        would have to drain first where it has become slow.
+        The time is half more than what an answer is predicted to take: yet more could still be in time where the link
+        only stalls, but would have to drain first where it has become slow.
         """
         flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
-        in_time_ms = min(self.limit_ms, self.decision.latency_ms)
+        in_time_ms = min(self.limit_ms, 1.5 * self.decision.latency_ms)
         return flying >= max(LEAST_FLYING, math.ceil(self.known.frames_per_second * in_time_ms / 1000) + 1)
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.estimates import START_GOODPUT
-from runtime.ladder import FREE, Limits
+from runtime.ladder import FREE, LOCAL, RUNGS, Limits
 from runtime.objective import Objective
 from runtime.plan_tables import Candidate, Estimates, Predictions, Tables
 
 HOLD_MS, MAX_HOLD_MS = 1000.0, 16_000.0
 REGRET_MS = 10_000.0  # a move taken back within so long was one too many
+OUTAGE_MS = 5000.0  # without sending: what was regretted before was of another link
 CALM_MS = 60_000.0  # and after so long without one, all is forgiven
 LATENCY_MARGIN, BYTES_MARGIN = 0.85, 0.9
 GAIN_AGREEMENT, GAIN_RATIO = 0.005, 0.1
@@ -106,8 +107,11 @@ def plan(
     if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
         return stays
     wished_ns = now_ns if current.wished_ns is None else current.wished_ns
-    # The way back from a rung has been waited for already, unless it was taken back soon the last time.
-    returns = current.reason == current.rung != limits.rung and hold_ms <= HOLD_MS
+    # The way back from an outage has been waited for already; after a long one nothing is left to regret.
+    long = now_ns - current.since_ns >= OUTAGE_MS * 1e6
+    returns = current.rung == RUNGS[LOCAL] and limits.sends and (long or hold_ms <= HOLD_MS)
+    if returns and long:
+        hold_ms = HOLD_MS
     if now_ns - wished_ns < hold_ms * 1e6 and not returns:
         return replace(stays, wished_ns=wished_ns)
     why = (
