@@ -112,7 +112,7 @@ def sender(topic: str) -> Subtree | None:
 def reports(site: str) -> tuple[str, ...]:
     """The filters that match what devices and nodes of a site tell about themselves, and no request or reply."""
     below = f"{ROOT}/{site}/+/+"
-    return (*(f"{below}/{kind}" for kind in ("availability", "birth", "stats")), f"{below}/cam/+/+")
+    return (*(f"{below}/{kind}" for kind in ("availability", "birth", "stats", "plan")), f"{below}/cam/+/+")
 
 
 def events(site: str, device: str | None = None) -> str:

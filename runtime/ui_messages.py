@@ -11,10 +11,11 @@ import msgspec
 
 from runtime.codec import jpeg_size
 from runtime.errors import PacketError
+from runtime.ui_plan import Plan
 
 AVAILABILITIES = (b"online", b"offline", b"")  # a retained message that was taken back has no payload
 STATUSES = (b"starting", b"online", b"late", b"frozen", b"stalled", b"offline", b"")
-KINDS = ("availability", "birth", "stats", "result", "status", "event", "preview")
+KINDS = ("availability", "birth", "stats", "plan", "result", "status", "event", "preview")
 MOST_BOXES = 100
 MOST_COUNTERS = 500
 MOST_JSON_BYTES = 256 * 1024
@@ -86,11 +87,11 @@ class Happening(msgspec.Struct, frozen=True):
 
 
 Stats: TypeAlias = dict[str, int]
-Told: TypeAlias = "Said | Birth | Happening | Stats | bytes"
+Told: TypeAlias = "Said | Birth | Happening | Plan | Stats | bytes"
 
 
 def read(kind: str, payload: bytes) -> Told | None:
-    """Read a message: a result, birth, event or stats as what it says, everything else as it came.
+    """Read a message: a result, birth, event, plan or stats as what it says, everything else as it came.
 
     Returns:
         None for a birth that was taken back.
@@ -123,4 +124,4 @@ def read(kind: str, payload: bytes) -> Told | None:
     return told
 
 
-_JSON: dict[str, Any] = {"result": Said, "birth": Birth, "event": Happening, "stats": dict[Word, Count]}
+_JSON: dict[str, Any] = {"result": Said, "birth": Birth, "event": Happening, "plan": Plan, "stats": dict[Word, Count]}

@@ -23,7 +23,7 @@ from nicegui import app as nicegui_app
 from nicegui import ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from runtime import ui_charts, ui_view
+from runtime import ui_charts, ui_plan_view, ui_view
 from runtime.link import Link
 from runtime.ui_state import Camera, Site
 
@@ -164,6 +164,8 @@ class _Page:
             self._confidences = _chart("How sure the answers are", "answers of the last minute by confidence")
             with _card("How old the answers are", "from the grab of a frame to its answer, last minute"):
                 self._ages = _html("kf-table")
+            with _card("What devices plan", "each device with an objective, by its own words").classes("kf-across"):
+                self._plans = _html("kf-table")
             with _card("What was lost", "since each device or node started").classes("kf-across"):
                 self._losses = _html("kf-table")
 
@@ -226,6 +228,7 @@ class _Page:
         self._traffic.props["options"] = ui_charts.traffic(series)
         self._confidences.props["options"] = ui_charts.confidences(figures, site.tiers)
         self._ages.content = ui_view.ages(figures, site.tiers)
+        self._plans.content = ui_plan_view.plans(site, now_s)
         self._losses.content = ui_view.losses(site.losses(), site.machines.values())
 
 

@@ -15,6 +15,7 @@ from runtime.codec import jpeg_size
 from runtime.errors import PacketError
 from runtime.topics import Subtree, report
 from runtime.ui_messages import KINDS, Birth, Happening, Said, read
+from runtime.ui_plan import Plan, Planning
 
 WINDOW_S = 60.0  # ages, confidences and shares are those of the answers of so long
 SERIES_S = 120  # what goes on is drawn for so long
@@ -59,6 +60,7 @@ class Machine:
     birth: Birth | None = None
     stats: dict[str, int] = field(default_factory=dict)
     stats_s: float | None = None
+    planning: Planning = field(default_factory=Planning)
 
     @property
     def jpeg_bytes(self) -> float | None:
@@ -174,6 +176,8 @@ class Site:
         if camera_name is None:
             if isinstance(said, dict):
                 machine.stats, machine.stats_s = said, now_s
+            elif isinstance(said, Plan):
+                machine.planning.take(said, now_s)
             elif kind == "birth":
                 machine.birth = said if isinstance(said, Birth) else None
             else:
@@ -208,6 +212,9 @@ class Site:
             tier = OTHER_TIER
         self._tiers.setdefault(tier)
         self.answers += 1
+        planner = self.machines.get(("d", camera.device))
+        if planner is not None and said.repeats is None:
+            planner.planning.answered(said.age_ms, said.bytes_up, now_s)
         self._kept.append(_Kept(now_s, tier, said.age_ms, said.confidence, said.repeats is not None))
         second = self._seconds.get(int(now_s))
         if second is None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 350
 
 # A module may import from its own layer and from those above it in this table, never from one below.
-UI = ("ui", "ui_state", "ui_messages", "ui_view", "ui_charts", "ui_page")
+UI = ("ui", "ui_state", "ui_messages", "ui_plan", "ui_plan_view", "ui_view", "ui_charts", "ui_page")
 LAYERS = (
     {"datatypes", "errors", "counters"},
     {"bundle_files", "gate_spec", "manifest", "objective", "config", "packet", "topics", "variant"},

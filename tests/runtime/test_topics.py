@@ -160,6 +160,7 @@ def test_every_report_is_heard_and_read(site: str, role: Literal["d", "n"], name
         own.availability: (None, "availability"),
         own.birth: (None, "birth"),
         own.stats: (None, "stats"),
+        own.plan: (None, "plan"),
         own.result(camera): (camera, "result"),
         own.camera_status(camera): (camera, "status"),
         own.preview(camera): (camera, "preview"),

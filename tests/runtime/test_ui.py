@@ -159,6 +159,12 @@ def tell_of_a_site(link: Link) -> None:
     link.publish(BOARD.camera_status("porch"), b"online", qos=1, retain=True)
     counters = {'frames_dropped_total{camera="porch",reason="stale"}': 5, "jpeg_equivalent_frames_total": 1}
     link.publish(BOARD.stats, json.dumps({**counters, "jpeg_equivalent_bytes_total": 9000}).encode(), qos=1)
+    link.publish(BOARD.plan, plan("transform:99 at cut 1", "start"), qos=1, retain=True)
+
+
+def plan(words: str, why: str, rung: str = "full") -> bytes:
+    told = {"plan": words, "why": f"{words}: {why}", "reason": "latency", "rung": rung, "cut": 1}
+    return json.dumps({**told, "latency_p95_ms": 250.4, "bytes_a_frame": 4305, "goodput_kbits": 256.0}).encode()
 
 
 def test_a_reader_clicks_through_the_page(
@@ -199,6 +205,13 @@ def test_a_reader_clicks_through_the_page(
     seen.until(lambda: len(seen.all(".kf-chart canvas")) == 3, "three charts")
     seen.words(".kf-table", "a newer frame came first")
     seen.words(".kf-table", "31 ms")
+    seen.words(".kf-plans", "transform:99 at cut 1")
+    seen.words(".kf-plans", "250 ms / 31 ms")
+    assert not seen.all(".kf-moves")
+    why = f"7.4 kB would take 2,073 ms at 28 kbit/s, 2,282 ms in all, 900 ms allowed {NASTY}"
+    link.publish(BOARD.plan, plan("transform:60 at cut 1", why, rung="smaller rate"), qos=1, retain=True)
+    seen.words(".kf-moves", "2,282 ms in all, 900 ms allowed")
+    seen.words(".kf-plans", "smaller rate")
     seen.click(".q-tab", "Machines")
     seen.words(".kf-warning", "box differs from the others")
     seen.words(".kf-machines", "aaaaaaaa")

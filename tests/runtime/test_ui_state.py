@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import ui_charts, ui_state, ui_view
+from runtime import ui_charts, ui_plan, ui_plan_view, ui_state, ui_view
 from runtime.counters import Counters
 from runtime.datatypes import Result
 from runtime.events import Event
@@ -66,7 +66,7 @@ def everything(site: Site, now_s: float) -> str:
     """All that the page would draw, as one text."""
     figures = site.figures(now_s)
     parts = [ui_view.summary(site, figures, now_s), ui_view.ages(figures, site.tiers), ui_view.machines(site, now_s)]
-    parts.append(ui_view.losses(site.losses(), site.machines.values()))
+    parts += [ui_view.losses(site.losses(), site.machines.values()), ui_plan_view.plans(site, now_s)]
     for camera in site.cameras.values():
         parts += [ui_view.drawing(camera, site.tiers), ui_view.title(camera, site.machines.get(("d", camera.device)))]
         parts += [ui_view.caption(camera, site.tiers), ui_view.flags(camera, now_s), ui_view.details(camera)]
@@ -187,6 +187,53 @@ def test_bytes_stand_beside_those_of_jpegs_once_a_device_has_weighed_one() -> No
     assert (series.bytes_up[-1], series.jpeg_bytes[-1], series.shares["edge"][-1]) == (2000.0, 40_000.0, 1.0)
     assert series.bytes_up[0] is None, "before anything came"
     assert "20.0 times less than JPEG" in ui_view.summary(site, site.figures(1010.0), 1010.0)
+
+
+def plan(words: str, **changes: Any) -> bytes:
+    told: dict[str, Any] = {
+        "plan": words,
+        "why": f"{words} instead of <b>another</b>: 4.1 kB would take 890 ms",
+        "rung": "full",
+    }
+    told |= {"reason": "latency", "cut": 1, "latency_p95_ms": 250.0, "bytes_a_frame": 900, "exits": None}
+    return json.dumps({**told, **changes}).encode()
+
+
+def test_a_plan_is_told_with_what_it_predicted_beside_what_came() -> None:
+    site = heard((BOARD.plan, plan("transform:60 at cut 1")))
+    answers = [result(age_ms=100.0 + n, bytes_up=1000 if n % 2 else 0, tier="edge") for n in range(40)]
+    for payload in answers:
+        site.hear(BOARD.result("porch"), payload, 1001.0)
+    site.hear(BOARD.result("porch"), result(age_ms=9000.0, bytes_up=0, repeats=3), 1001.0)
+    text = ui_plan_view.plans(site, 1002.0)
+    assert markup(text) is not None
+    assert "transform:60 at cut 1" in text
+    assert "&lt;b&gt;another" in text
+    assert "250 ms / 139 ms" in text
+    assert "900 B / 500 B" in text
+    assert "moves" not in text, "the first plan may be old, as it is retained"
+    site.hear(BOARD.plan, plan("local answers after segment 0", rung="local variant only", cut=None), 1010.0)
+    text = ui_plan_view.plans(site, 1014.0)
+    assert "local variant only" in text
+    assert "4.0 s ago" in text
+    assert "250 ms / –" in text, "nothing has been measured of the new plan yet"
+    site.hear(BOARD.result("porch"), result(age_ms=20.0, bytes_up=0, tier="device"), 1014.5)
+    assert "250 ms / 20 ms" in ui_plan_view.plans(site, 1015.0)
+
+
+def test_moves_are_kept_within_bounds() -> None:
+    site = heard()
+    for number in range(200):
+        site.hear(BOARD.plan, plan(f"way {number}"), 1000.0 + number)
+    assert len(site.machines["d", "board"].planning.moves) == ui_plan.MOST_MOVES
+    text = ui_plan_view.plans(site, 1200.0)
+    assert text.count(" ago</td>") == ui_plan_view.MOST_SHOWN
+    assert "way 199" in text
+
+
+def test_without_an_objective_nobody_plans() -> None:
+    site = heard((BOARD.availability, b"online"))
+    assert "none has a table [objective]" in ui_plan_view.plans(site, 1000.0)
 
 
 def test_losses_are_told_by_reason() -> None:
