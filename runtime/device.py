@@ -92,7 +92,7 @@ class Device:
                 counters=self.counters,
                 on_reply=self._replied,
                 between_frames=config.between_frames,
-                on_late=lambda sent: self._steering.replied(sent.sent_ns, None, late=True),
+                on_late=self._late,
             )
             for way in self._steering.ways:
                 self._uplink.prepare(way)
@@ -223,7 +223,7 @@ class Device:
             frame.features,
             frame,
             born_ns=frame.captured_ns,
-            deadline_ns=frame.captured_ns + self._config.budget_ms * 1_000_000,
+            deadline_ns=frame.captured_ns + self._steering.budget_ms * 1_000_000,
             camera=self._cameras[frame.camera],
             variant=course.sent_variant,
             way=course.way,
@@ -233,6 +233,10 @@ class Device:
         if sent == "link":
             self._steering.withdrawn()
         return sent
+
+    def _late(self, sent: Sent[Taken], said: Reply | str) -> None:
+        """Take a node's word for a frame that has its answer: it still tells of the link."""
+        self._steering.replied(sent.sent_ns, None if isinstance(said, str) else said.timings, late=True)
 
     def _replied(self, sent: Sent[Taken], said: Reply | str) -> None:
         """Take a node's word, on the link's thread."""

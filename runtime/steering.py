@@ -42,6 +42,7 @@ from runtime.variant import with_each_variant, with_variant
 log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT, MAX_PLANNED = 4, 32  # unless the settings say so; with an objective the planner allows fewer
+ANSWERED_BY = 0.97  # of the limit on the age: then the local exit answers
 BOARD_S = 5.0  # between two looks at heat and power
 GATE_ONLY_NS = 1_000_000_000  # between two frames that are computed when the gate answers alone
 COMPARED = 8  # one answer of so many from above is held against the local exit's
@@ -167,6 +168,13 @@ class Steering:
             return False
         with self._lock:
             return self._pilot.full()
+
+    @property
+    def budget_ms(self) -> int:
+        """From grab to answer: with a limit on the age a little less than that, so that the local exit is in time."""
+        if self._pilot is None:
+            return self._config.budget_ms
+        return min(self._config.budget_ms, round(ANSWERED_BY * self._pilot.limit_ms))
 
     @property
     def max_in_flight(self) -> int:

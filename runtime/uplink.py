@@ -75,8 +75,8 @@ class Uplink(Generic[Context]):
     `between_frames` is False. A node that lacks that one says so, and the frame goes up again at once, standing alone.
 
     Only one thread may send. `on_reply` is called on the link's thread, once at most for each Sent, with a Reply or
-    with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more; `on_late`
-    is told when an answer comes for one that `expire` returned.
+    with the sentence of a refusal. A Sent that `expire` or `drain` has returned is never answered any more; what comes
+    for one that `expire` returned is given to `on_late`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Uplink(Generic[Context]):
         counters: Counters,
         on_reply: Callable[[Sent[Context], Reply | str], None],
         between_frames: bool = True,
-        on_late: Callable[[Sent[Context]], None] | None = None,
+        on_late: Callable[[Sent[Context], Reply | str], None] | None = None,
     ) -> None:
         self._encoder = Encoder(bundle, codec=codec, cut=cut, between_frames=between_frames)
         self.prepare = self._encoder.prepare
@@ -296,7 +296,7 @@ class Uplink(Generic[Context]):
         if sent is None:
             self._counters.add("replies_ignored_total", reason="late")
             if given_back is not None and self._on_late is not None:
-                self._on_late(given_back)
+                self._on_late(given_back, said)
             return
         self._on_reply(sent, said)
 
