@@ -161,3 +161,28 @@ def test_where_the_device_alone_is_best_nothing_goes_up_to_learn() -> None:
     for at in range(1, 20):
         flown.step(at * 1000 * MS)
         assert flown.probing(at * 1000 * MS) is None
+
+
+def test_what_goes_up_beside_frames_is_known_by_its_rate() -> None:
+    flown = pilot(bytes_per_second=20_000.0)
+    for second in range(30):
+        flown.beside(second * 1000 * MS, second * 8000)
+        flown.beside((second * 1000 + 10) * MS, second * 8000)
+    flown.step(30_000 * MS)
+    assert flown.other_bytes == pytest.approx(8000)
+    assert flown.known.other_bytes == flown.other_bytes
+    assert flown.decision.frame_bytes * 10 <= 20_000 - 8000
+
+
+def test_as_many_frames_are_on_their_way_as_rate_times_time() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    flown.step((now + 300) * MS)
+    assert flown.known.frames_per_second == pytest.approx(10)
+    allowed = 0
+    while not flown.full():
+        flown.sent((now + 301 + allowed) * MS, 1000, WAY, encode_ms=3.0)
+        allowed += 1
+    assert 2 <= allowed <= 10 * 1.5 * flown.decision.latency_ms / 1000 + 2
+    flown.replied((now + 301 + allowed - 1) * MS, (now + 500) * MS, NODE)
+    assert not flown.full(), "what a later one overtook is on no way any more"

@@ -110,6 +110,78 @@ def test_less_goodput_never_yields_more_bytes_a_frame(
         assert less.bytes <= more.bytes * (1 + 1e-9)
 
 
+@given(goodputs, goodputs, st.floats(80, 2000), st.floats(0, 20_000))
+def test_more_goodput_never_yields_a_later_or_less_agreeing_choice_at_one_cut(
+    one: float, other: float, latency_ms: float, beside: float
+) -> None:
+    """Later: than the limit; within it, time is what agreement is bought with. Not so with a limit on bytes: of a way
+    whose frames are too many for the link fewer bytes go up over a narrow one."""
+    tables = Tables(planned(exits=False), overhead_bytes=60, deepest=0, above=1, rows=())
+    objective = Objective(latency_p95_ms=latency_ms)
+    only = np.array([row.way is None or row.way.cut == 1 for row in tables.candidates])
+    one_cut = _Only(tables, only)
+    less, more = (
+        fresh(one_cut, replace(known(goodput), other_bytes=beside), objective) for goodput in sorted((one, other))
+    )
+    if less.kept:
+        assert more.kept
+        assert more.agreement >= less.agreement - 1e-9
+        assert more.latency_ms <= latency_ms
+
+
+@given(
+    goodputs,
+    st.floats(5, 400),
+    st.floats(30, 2000),
+    st.none() | st.floats(500, 1e6),
+    st.floats(0, 30_000),
+    st.none() | st.floats(100, 40_000),
+)
+def test_no_candidate_over_a_hard_limit_is_chosen_while_one_within_exists(
+    goodput: float, rtt_ms: float, latency_ms: float, most: float | None, beside: float, packet: float | None
+) -> None:
+    now = replace(known(goodput, rtt_ms), other_bytes=beside, max_packet_bytes=packet or np.inf)
+    objective = Objective(latency_p95_ms=latency_ms, bytes_per_second=most)
+    decided, said = fresh(TABLES, now, objective), TABLES.predict(now)
+    cheap = said.bytes * now.frames_per_second + beside <= (most or np.inf)
+    fits = said.large_bytes <= (packet or np.inf)
+    assert fits[decided.index], "what goes nowhere always fits, so one that fits always exists"
+    if (cheap & fits).any():
+        assert cheap[decided.index]
+    if (cheap & fits & (said.latency_ms <= latency_ms)).any():
+        assert decided.latency_ms <= latency_ms
+        assert decided.kept
+
+
+def test_results_and_events_take_their_share_of_the_bytes_and_of_the_link() -> None:
+    objective = Objective(bytes_per_second=15_000)
+    alone = fresh(TABLES, known(1e6), objective)
+    beside = fresh(TABLES, replace(known(1e6), other_bytes=10_000.0), objective)
+    assert beside.bytes * 10 + 10_000 <= 15_000 < alone.bytes * 10 + 10_000
+    after = plan(TABLES, replace(known(1e6), other_bytes=10_000.0), objective, 5, alone, budget_ms=BUDGET_MS)
+    assert after.reason == "bytes"
+    assert "10,000 of them beside frames, 15,000 allowed" in after.why
+    narrow = TABLES.predict(known(12_000.0)).share
+    shared = TABLES.predict(replace(known(12_000.0), other_bytes=6000.0)).share
+    assert (shared <= narrow).all()
+    assert (shared < narrow).any()
+
+
+def test_what_the_broker_would_not_take_is_not_planned() -> None:
+    tables = made(exits=False)
+    wide = fresh(tables, known(1e6), Objective())
+    most = tables.predict(known(1e6)).large_bytes[wide.index] - 1
+    after = plan(
+        tables, replace(known(1e6), max_packet_bytes=most), Objective(), 5, wide, budget_ms=BUDGET_MS
+    )  # fmt: skip
+    assert after.reason == "oversize"
+    assert f"the broker takes {most:,.0f}" in after.why
+    assert after.candidate.way is not None
+    assert tables.predict(known(1e6)).large_bytes[after.index] <= most
+    nothing = fresh(tables, replace(known(1e6), max_packet_bytes=50.0), Objective())
+    assert nothing.candidate.way is None
+
+
 class _Only(Tables):
     """Tables of which only some candidates may be chosen."""
 
