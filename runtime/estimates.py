@@ -162,7 +162,7 @@ class LinkEstimator:
             return LinkEstimate(None, None, 0.0, loss, lost=self.lost, age_ms=age_ms)
         ms_per_byte, rtt_ms = self._ms_per_byte, self._rtt_ms
         late = sorted(sample.ms - rtt_ms - sample.size * ms_per_byte for sample in self._samples)
-        jitter_ms = max(0.0, late[min(len(late) - 1, int(0.9 * len(late)))]) if len(late) > CONTRADICTIONS else 0.0
+        jitter_ms = max(0.0, late[int(0.9 * (len(late) - 1))]) if len(late) > CONTRADICTIONS else 0.0
         if waiting_since_ns is not None and waiting_bytes > 0:
             # What has not come back yet says how slow the link must be at least.
             since_ms = (
