@@ -217,7 +217,8 @@ class Pilot:
 
     def arrival_ms(self, now_ns: int, captured_ns: int) -> float:
         """The age an answer would have if the frame went up now, as it is decided."""
-        way, link = self.decision.candidate.way, self.known.link
+        # What waits says how slow the link is just now, be it a stall; for a plan that is too short a view.
+        way, link = self.decision.candidate.way, self._link.estimate(now_ns, *self._waiting())
         age_ms = (now_ns - captured_ns) / 1e6
         usual = None if way is None else self.tables.size(way)
         if way is None or usual is None or link.goodput is None:
@@ -298,16 +299,18 @@ class Pilot:
             sent_ns > now_ns - self._silent_ms * 1e6 for sent_ns in self._flying
         )
 
-    def _estimates(self, now_ns: int) -> Estimates:
-        since_ns, size = None, 0
+    def _waiting(self) -> tuple[int | None, int]:
+        """When the frame went up that has waited longest, and its size."""
         for sent_ns, frame in self._flying.items():
             if sent_ns > self._answered_ns:  # what later frames overtook is lost, not waiting
-                since_ns, size = sent_ns, frame.size
-                break
+                return sent_ns, frame.size
+        return None, 0
+
+    def _estimates(self, now_ns: int) -> Estimates:
         stages = {stage: self._work.ms(stage, WORK_SHARE) or 0.0 for stage in self._work.stages()}
         above = {stage: self._above.ms(stage) or 0.0 for stage in self._above.stages()}
         return Estimates(
-            link=self._link.estimate(now_ns, since_ns, size),
+            link=self._link.estimate(now_ns),
             stage_ms=stages,
             node_ms=above,
             frames_per_second=self._frames.per_second or 10.0,
