@@ -131,7 +131,9 @@ def verdicts(told: Told) -> str:
     kept[f"frames unaccounted: {wrong[0]:,}, told twice: {wrong[1]:,}"] = not any(wrong)
     if events is not None:
         wrong = events["lost"], events["twice_after_inbox"]
-        kept[f"events lost: {wrong[0]:,}, come twice behind the inbox: {wrong[1]:,}"] = not any(wrong)
+        given_up = _counts({why: count for why, count in told["events_given_up"].items() if count}, "")
+        said = f" (the device says: {given_up})" if given_up else ""
+        kept[f"events lost: {wrong[0]:,}{said}, come twice behind the inbox: {wrong[1]:,}"] = not any(wrong)
     return "\n".join(f"  {'kept  ' if held else 'MISSED'}  {words}" for words, held in kept.items())
 
 
