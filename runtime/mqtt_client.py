@@ -21,7 +21,7 @@ from runtime.reconnect import Version
 # Linux. Above so many bytes that TCP may not send yet, the socket counts as full: what is not in the kernel can still
 # be overtaken, or dropped when it is late.
 TCP_NOTSENT_LOWAT = 25
-NOTSENT_BYTES = 16 * 1024
+NOTSENT_BYTES = 4 * 1024
 TCP_INFO_BYTES_ACKED = 120  # offset in Linux's struct tcp_info, since 4.1
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: what is unsent is thrown away, and the other end is told
 
