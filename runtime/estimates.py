@@ -84,6 +84,7 @@ class LinkEstimator:
         self._against = 0  # frames in a row that contradict the fit: how many, later ones positive
         self._passed_ns = self._passed_sent_ns = 0  # of the frame sent last among those answered
         self._fit_ns = 0
+        self._spread: tuple[float, int] | None = None  # jitter and largest size of the samples, once asked for
         self._proven = START_GOODPUT / PROVEN_RATIO  # bytes a second that the link has carried lately
         self._delivered: deque[tuple[int, int]] = deque()  # in the last second: when, bytes
         self._fitted_ns = 0  # when sizes last told the round trip
@@ -98,6 +99,7 @@ class LinkEstimator:
             Whether what was known has become obsolete by it.
         """
         self._hear(sent_ns, replied_ns)
+        self._spread = None
         self._prove(replied_ns, size)
         if sent_ns <= self._passed_sent_ns:
             return False  # later ones overtook it, so what held it up was not the pipe
@@ -161,8 +163,11 @@ class LinkEstimator:
         if self._rtt_ms is None or self._ms_per_byte is None:
             return LinkEstimate(None, None, 0.0, loss, lost=self.lost, age_ms=age_ms)
         ms_per_byte, rtt_ms = self._ms_per_byte, self._rtt_ms
-        late = sorted(sample.ms - rtt_ms - sample.size * ms_per_byte for sample in self._samples)
-        jitter_ms = max(0.0, late[int(0.9 * (len(late) - 1))]) if len(late) > CONTRADICTIONS else 0.0
+        if self._spread is None:
+            late = sorted(sample.ms - rtt_ms - sample.size * ms_per_byte for sample in self._samples)
+            slow_ms = max(0.0, late[int(0.9 * (len(late) - 1))]) if len(late) > CONTRADICTIONS else 0.0
+            self._spread = slow_ms, max((sample.size for sample in self._samples), default=1)
+        jitter_ms, typical = self._spread
         if waiting_since_ns is not None and waiting_bytes > 0:
             # What has not come back yet says how slow the link must be at least.
             since_ms = (
@@ -170,7 +175,6 @@ class LinkEstimator:
             )
             if since_ms > 3 * waiting_bytes * ms_per_byte + CONTRADICTS_MS + STALL_MS + rtt_ms:
                 ms_per_byte = since_ms / waiting_bytes
-        typical = max((sample.size for sample in self._samples), default=1)
         bounded = typical * ms_per_byte <= max(2 * LEAST_MS, jitter_ms)
         goodput = 1000 / ms_per_byte
         return LinkEstimate(
