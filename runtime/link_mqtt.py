@@ -31,7 +31,7 @@ from runtime.link import Handler, Lane, Then
 from runtime.mqtt_client import MqttClient, abort, progress
 from runtime.mqtt_limits import Limits, limits
 from runtime.mqtt_outgoing import OK, Outgoing
-from runtime.reconnect import SILENT_S, Outcome, Pauses, Versions, no_way
+from runtime.reconnect import SILENT_S, Outcome, Pauses, Versions, outcome_of
 from runtime.topics import without_share
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class MqttLink:
             return Outcome.SILENT
         except (OSError, ValueError) as error:
             self._report(f"cannot reach the broker at {self._where}: {error}", "unreachable")
-            return Outcome.AWAY if no_way(error) else Outcome.REFUSED
+            return outcome_of(error)
         self._heard_s = time.monotonic()
         result = OK
         silent = half_open = False

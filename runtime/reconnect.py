@@ -1,8 +1,8 @@
 """When to try again, for how long, and in which version of MQTT. Pure: the link tells how attempts ended.
 
 An attempt that ends in silence has cost the broker nothing, and the next one may be the first after an outage: so
-attempts into silence are short and follow each other closely. A broker that answers, and refuses, is asked more and
-more rarely.
+attempts into silence are short and follow each other closely. So do those at a machine whose broker is not there, as
+while it restarts: its kernel says so. A broker that answers, and refuses, is asked more and more rarely.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 SILENT_S = (2.0, 4.0)  # by turns: to be back soon, and to get in where the link is slow
 SILENT_PAUSE_S = 0.1
 AWAY_PAUSE_S = 1.0
-BACKOFF_MIN_S, BACKOFF_MAX_S = 0.25, 30.0
+BACKOFF_MIN_S, CLOSED_MAX_S, BACKOFF_MAX_S = 0.25, 4.0, 30.0
 STEADY_S = 1.0  # a connection that has lived so long was a good one
 SHORT_IN_A_ROW = 3
 HANG_UPS = 5  # in a row, of a broker that has taken this version before
@@ -32,14 +32,18 @@ class Outcome(Enum):
     LOST = "accepted, and lost later"
     SILENT = "no answer at all"
     AWAY = "no way there: no route, or no name server"
+    CLOSED = "nobody listens at the broker's port"
     REFUSED = "answered, and not accepted"
 
 
-def no_way(error: Exception) -> bool:
-    """Whether an attempt ended before anything left this machine, so that nobody is bothered by the next."""
+def outcome_of(error: Exception) -> Outcome:
+    """How an attempt ended that came to no connection, and not by silence."""
+    if isinstance(error, ConnectionRefusedError):
+        return Outcome.CLOSED
+    # Nothing has left this machine, so nobody is bothered by the next attempt.
     if isinstance(error, socket.gaierror):
-        return error.errno == socket.EAI_AGAIN
-    return isinstance(error, OSError) and error.errno in NO_WAY
+        return Outcome.AWAY if error.errno == socket.EAI_AGAIN else Outcome.REFUSED
+    return Outcome.AWAY if isinstance(error, OSError) and error.errno in NO_WAY else Outcome.REFUSED
 
 
 class Pauses:
@@ -72,7 +76,8 @@ class Pauses:
         if outcome is Outcome.LOST and not self.dropped_again:
             self._backoff_s = BACKOFF_MIN_S
         else:
-            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+            most_s = CLOSED_MAX_S if outcome is Outcome.CLOSED else BACKOFF_MAX_S
+            self._backoff_s = min(self._backoff_s * 2, most_s)
         return self._backoff_s
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.reconnect import BACKOFF_MAX_S, SILENT_S, Outcome, Pauses, Versions, no_way
+from runtime.reconnect import BACKOFF_MAX_S, CLOSED_MAX_S, SILENT_S, Outcome, Pauses, Versions, outcome_of
 
 
 def test_after_any_silence_the_next_attempt_is_soon() -> None:
@@ -35,6 +35,13 @@ def test_refusals_are_asked_more_and_more_rarely() -> None:
     assert pauses.after(Outcome.LOST, 60.0) < 1, "once it was well, all is forgotten"
 
 
+def test_a_broker_that_restarts_is_not_waited_for_long() -> None:
+    pauses = Pauses()
+    for _ in range(12):
+        pauses.after(Outcome.REFUSED, 0.01)
+    assert pauses.after(Outcome.CLOSED, 0.01) <= CLOSED_MAX_S
+
+
 def test_being_accepted_and_dropped_at_once_is_no_success() -> None:
     pauses = Pauses()
     waits = [pauses.after(Outcome.LOST, 0.1) for _ in range(10)]
@@ -53,17 +60,17 @@ def test_no_pause_is_longer_than_the_longest(ends: list[tuple[Outcome, float]]) 
 
 
 @pytest.mark.parametrize(
-    ("error", "away"),
+    ("error", "outcome"),
     [
-        (OSError(errno.ENETUNREACH, "Network is unreachable"), True),
-        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
-        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
-        (ValueError("no port"), False),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), Outcome.AWAY),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), Outcome.AWAY),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Outcome.REFUSED),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), Outcome.CLOSED),
+        (ValueError("no port"), Outcome.REFUSED),
     ],
 )
-def test_only_what_never_left_the_machine_is_away(error: Exception, away: bool) -> None:
-    assert no_way(error) == away
+def test_who_bothers_nobody_may_ask_again_soon(error: Exception, outcome: Outcome) -> None:
+    assert outcome_of(error) is outcome
 
 
 def test_versions_take_turns_until_one_is_accepted() -> None:
