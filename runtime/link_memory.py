@@ -95,7 +95,7 @@ class MemoryLink:
             self._counters.add("link_refused_total", reason="late" if self.connected else "offline")
             return 0
         if qos == 0 and self._loses():
-            self._counters.add("link_lost_total", reason="loss_ratio")
+            self._counters.add("link_lost_total", lane=lane.name.lower(), reason="loss_ratio")
             if then is not None:
                 then("")
             return publish_bytes(topic, len(payload), qos=qos)

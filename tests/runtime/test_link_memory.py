@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 
 import pytest
@@ -116,6 +117,23 @@ def test_a_link_that_is_not_connected_neither_sends_nor_receives(broker: Broker)
     assert inbox.messages == [("a", b"y")]
 
 
+def test_whoever_publishes_learns_whether_anybody_heard_it(broker: Broker) -> None:
+    ends: list[str] = []
+    sender = broker.link()
+    assert_sent(sender.publish("a", b"x", qos=1, then=ends.append))
+    assert_sent(sender.publish("a", b"x", qos=0, then=ends.append))
+    broker.link(("a", Inbox()))
+    assert_sent(sender.publish("a", b"x", qos=1, then=ends.append))
+    assert ends == ["unheard", "", ""]
+
+
+def test_what_is_late_is_refused(broker: Broker) -> None:
+    ends: list[str] = []
+    assert broker.link().publish("a", b"x", expires_ns=time.monotonic_ns(), then=ends.append) == 0
+    assert ends == []
+    assert broker.counters.snapshot() == {'link_refused_total{reason="late"}': 1}
+
+
 def test_a_link_that_loses_loses_its_share_the_same_one_every_time_and_counts_it() -> None:
     arrived = []
     for _ in range(2):
@@ -124,7 +142,7 @@ def test_a_link_that_loses_loses_its_share_the_same_one_every_time_and_counts_it
         sender = broker.link()
         for number in range(4000):
             assert sender.publish("a", number.to_bytes(2, "big")) == publish_bytes("a", 2)
-        lost = broker.counters.snapshot()['link_lost_total{reason="loss_ratio"}']
+        lost = broker.counters.snapshot()['link_lost_total{lane="features",reason="loss_ratio"}']
         assert lost == 4000 - len(inbox.messages)
         assert 150 < lost < 250
         arrived.append(inbox.messages)
