@@ -150,13 +150,16 @@ class LinkEstimator:
         if silent and sent_ns > self._answered_sent_ns:
             self._misses += 1
 
-    def estimate(self, now_ns: int, waiting_since_ns: int | None = None, waiting_bytes: int = 0) -> LinkEstimate:
+    def estimate(
+        self, now_ns: int, waiting_since_ns: int | None = None, waiting_bytes: int = 0, beside: float = 0.0
+    ) -> LinkEstimate:
         """What is known now.
 
         Args:
             now_ns: the time.
             waiting_since_ns: when the frame went up that has waited longest for its answer; None: none waits.
             waiting_bytes: its size.
+            beside: bytes a second that the link carries beside frames.
         """
         age_ms = math.inf if self._heard_ns is None else (now_ns - self._heard_ns) / 1e6
         loss = sum(not answered for answered in self._outcomes.values()) / max(len(self._outcomes), 10)
@@ -179,7 +182,7 @@ class LinkEstimator:
         goodput = 1000 / ms_per_byte
         return LinkEstimate(
             # A link lets some bytes through at once; what it carries all the time has to be tried step by step.
-            goodput=min(goodput, PROVEN_RATIO * self._proven) if bounded else goodput,
+            goodput=min(goodput, PROVEN_RATIO * (self._proven + beside)) if bounded else goodput,
             rtt_ms=rtt_ms,
             jitter_ms=jitter_ms,
             loss_ratio=loss,

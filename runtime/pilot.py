@@ -310,7 +310,7 @@ class Pilot:
         stages = {stage: self._work.ms(stage, WORK_SHARE) or 0.0 for stage in self._work.stages()}
         above = {stage: self._above.ms(stage) or 0.0 for stage in self._above.stages()}
         return Estimates(
-            link=self._link.estimate(now_ns),
+            link=self._link.estimate(now_ns, beside=self.other_bytes),
             stage_ms=stages,
             node_ms=above,
             frames_per_second=self._frames.per_second or 10.0,
