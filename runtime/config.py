@@ -128,6 +128,8 @@ class DeviceConfig(_Struct, frozen=True):
     # this change, 0 to 255.
     gate: str | float = "auto"
     gate_max_age_ms: Positive | None = None  # of a repeated answer; default: the bundle's, or 2000
+    # Which results are published: all; changes (of the label, or whether it is degraded, and one a second); none.
+    results: Literal["all", "changes", "none"] = "all"
     threads: Positive = 1
     stats_interval_s: Seconds = 60.0
     objective: Objective | None = None  # given: the device plans what it sends, and whether (docs/planner.md)

@@ -22,6 +22,7 @@ from runtime.counters import Counters
 from runtime.datatypes import Dropped, ExitOutput, Features, Result
 from runtime.link import Lane, open_link
 from runtime.metered import MeteredLink
+from runtime.news import News
 from runtime.preprocess import prepare
 from runtime.presence import Presence
 from runtime.preview import Previews
@@ -79,6 +80,7 @@ class Device:
         self._task = self._steering.plain.tier.task
         self._previews = Previews(config.preview, self._link, self._topics, bundle, self.counters)
         self._watch = Watch(config, bundle, self._task, self._link, self._topics, self.counters, self._wake.set)
+        self._news = News(config.results)
         self._uplink: Uplink[Taken] | None = None
         if self._steering.uplink is not None:
             codec, cut = self._steering.uplink
@@ -289,9 +291,10 @@ class Device:
             reason = result.degraded.split(":")[0] if own else "above"
             self.counters.add("results_degraded_total", camera=result.camera, reason=reason)
         self._tell(result)
-        payload = msgspec.json.encode(result)
-        if not self._link.publish(self._topics.result(result.camera), payload, qos=1, lane=Lane.RESULTS):
-            self.counters.add("results_unpublished_total", camera=result.camera)
+        if self._news.takes(result, time.monotonic_ns()):
+            payload = msgspec.json.encode(result)
+            if not self._link.publish(self._topics.result(result.camera), payload, qos=1, lane=Lane.RESULTS):
+                self.counters.add("results_unpublished_total", camera=result.camera)
         self._watch.answered(result, said.output, frame.captured_ns)
 
     def _moved(self) -> None:

@@ -43,6 +43,7 @@ LAYERS = (
         "camera",
         "capture",
         "freshness",
+        "news",
         "shared_frames",
         "segment",
         "link",
