@@ -1,7 +1,7 @@
 """Which Results are published. Pure; times are given.
 
-A Result in JSON takes 400 to 900 bytes with its topic, often more than the features it came from. Where the link is slow or
-paid by the byte and nobody needs a word about every frame, what has changed is enough.
+A Result in JSON takes 400 to 900 bytes with its topic, often more than the features it came from. Where the link is
+slow or paid by the byte and nobody needs a word about every frame, what has changed is enough.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_every_table_is_read() -> None:
 
 DEVICE_KEYS = (
     "agreement, between_frames, broker, budget_ms, bundle, camera, codec, early_exits, events, gate, "
-    "gate_max_age_ms, id, last_segment, max_in_flight, objective, preview, site, stats_interval_s, threads"
+    "gate_max_age_ms, id, last_segment, max_in_flight, objective, preview, results, site, stats_interval_s, threads"
 )
 ID_RULE = "must be 1 to 64 letters, digits, '_' or '-': it becomes part of a topic"
 WRONG: list[tuple[type[Any], str, str]] = [
