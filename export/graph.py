@@ -157,8 +157,8 @@ def write(model: ModelProto, path: Path) -> None:
 
 
 def constant(name: str, value: NDArray[np.generic]) -> TensorProto:
-    """An initializer; a scalar stays one, as onnxruntime fuses some layers with nothing else."""
-    return numpy_helper.from_array(np.asarray(value, order="C"), name)
+    """An initializer of one dimension at least."""
+    return numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 
 def halved(name: str, value: NDArray[np.float32]) -> tuple[list[TensorProto], list[NodeProto]]:

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from export.cuts import Cut
-from export.graph import EPILOGUE, FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, constant, copy_of, finish, replace_input
+from export.graph import EPILOGUE, FRAME, LAYOUT_OPS, PROLOGUE, Index, Shape, copy_of, finish, replace_input
 from export.wires import Wire, add_wire, fused_cuts
 from runtime.datatypes import Tensor
 from runtime.errors import BundleError
@@ -201,9 +201,12 @@ def _write_wire(model: ModelProto, wire: Wire) -> None:
 
 def _wire_constants(model: ModelProto, prefix: str, wire: Wire) -> tuple[str, str]:
     names = f"{prefix}/scale", f"{prefix}/zero_point"
-    shape = () if wire.scale.size == 1 else wire.scale.shape  # the one scale of a tensor is no scale of channels
-    scale, zero_point = wire.scale.reshape(shape), wire.zero_point.reshape(shape)
-    model.graph.initializer.extend([constant(names[0], scale), constant(names[1], zero_point)])
+    # The one scale of a tensor is no scale of channels, and onnxruntime fuses some layers with a scalar only.
+    shape = () if wire.scale.size == 1 else wire.scale.shape
+    values = (wire.scale.reshape(shape), wire.zero_point.reshape(shape))
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in zip(names, values, strict=True)
+    )
     return names
 
 
