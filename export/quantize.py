@@ -203,10 +203,9 @@ def _wire_constants(model: ModelProto, prefix: str, wire: Wire) -> tuple[str, st
     names = f"{prefix}/scale", f"{prefix}/zero_point"
     # The one scale of a tensor is no scale of channels, and onnxruntime fuses some layers with a scalar only.
     shape = () if wire.scale.size == 1 else wire.scale.shape
-    values = (wire.scale.reshape(shape), wire.zero_point.reshape(shape))
-    model.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in zip(names, values, strict=True)
-    )
+    scale, zero_point = wire.scale.reshape(shape), wire.zero_point.reshape(shape)
+    kept = [numpy_helper.from_array(scale, names[0]), numpy_helper.from_array(zero_point, names[1])]
+    model.graph.initializer.extend(kept)
     return names
 
 
