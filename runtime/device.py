@@ -187,8 +187,10 @@ class Device:
         elif aside is not None:
             course = aside
         taken = self._compute(Taken(*seen, features, None, timings, course))
-        if taken.outcome is not None and taken.outcome.answer is not None:
-            self._answer(taken, Said(taken.outcome.answer))
+        said = None if taken.outcome is None else taken.outcome.answer
+        self._steering.computed(answered=said is not None)
+        if said is not None:
+            self._answer(taken, Said(said))
         else:
             self._offload(taken)
         return True

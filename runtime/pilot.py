@@ -28,6 +28,7 @@ STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any mor
 PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
 LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
+UNSURE = 15  # frames: who comes and goes makes bursts of those that no exit answers
 WORK_SHARE = 0.75  # quantile of own work that is planned with
 
 
@@ -67,6 +68,7 @@ class Pilot:
         self._work, self._above = WorkEstimator(), WorkEstimator()
         self._work.took(stage_ms, 0)
         self._frames = RateEstimator()
+        self._unsure: deque[bool] = deque(maxlen=UNSURE)
         self._sizes: dict[str, tuple[deque[float], Window]] = {}
         self._alike: dict[int, deque[bool]] = {}
         self._flying: OrderedDict[int, _Flying] = OrderedDict()  # by when it went up, in that order
@@ -85,6 +87,10 @@ class Pilot:
     def taken(self, now_ns: int) -> None:
         """A frame is there to be answered."""
         self._frames.taken(now_ns)
+
+    def computed(self, *, answered: bool) -> None:
+        """A frame has run here as the plan says; whether an exit has answered it."""
+        self._unsure.append(not answered)
 
     def worked(self, stages: Mapping[str, float], now_ns: int) -> None:
         """Stages of this device and their milliseconds; `segment0.vN` where a variant ran."""
@@ -314,6 +320,7 @@ class Pilot:
             stage_ms=stages,
             node_ms=above,
             frames_per_second=self._frames.per_second or 10.0,
+            unsure_share=sum(self._unsure) / UNSURE,
             other_bytes=self.other_bytes,
             max_packet_bytes=self._max_packet_bytes,
             bytes_ratio={

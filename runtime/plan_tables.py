@@ -66,6 +66,7 @@ class Estimates:
     stage_ms: Mapping[str, float] = field(default_factory=dict)  # of this device: `segmentK`, `segment0.vN`, `exitK`, …
     node_ms: Mapping[str, float] = field(default_factory=dict)  # of what is above: `segmentK` and `rest`
     frames_per_second: float = 10.0
+    unsure_share: float = 0.0  # of the frames computed lately, those that no exit has answered
     other_bytes: float = 0.0  # a second, that go up beside frames: results, events, previews, what the device tells
     max_packet_bytes: float = math.inf  # that the broker takes, all of MQTT counted
     # codec → what frames lately cost beside the manifest's median, and the costliest tenth beside its 95th percentile
@@ -150,7 +151,9 @@ class Tables:
         link = known.link
         goodput = math.inf if link.goodput is None else max(link.goodput, 1e-3)
         goes_up = (1 - self._coverage) * self._sends
-        wanted = goes_up * typical * max(known.frames_per_second, 1e-3)
+        # Frames that exits leave come in bursts: on average the link may carry what it cannot carry now.
+        bursts = np.maximum(goes_up, known.unsure_share * self._sends)
+        wanted = bursts * typical * max(known.frames_per_second, 1e-3)
         carried = max(LEAST_SHARE * goodput, LINK_SHARE * goodput - known.other_bytes)
         share = np.minimum(1.0, carried / np.maximum(wanted, 1e-9))
         transfer_ms = large / goodput * 1000

@@ -182,6 +182,12 @@ class Steering:
         most = self._config.max_in_flight
         return most or (MAX_PLANNED if self._pilot is not None else MAX_IN_FLIGHT)
 
+    def computed(self, *, answered: bool) -> None:
+        """A frame has run here, and an exit has answered it, or none."""
+        if self._pilot is not None:
+            with self._lock:
+                self._pilot.computed(answered=answered)
+
     def worked(self, course: Course, timings: Mapping[str, float]) -> None:
         """A frame has run here."""
         if self._pilot is None:

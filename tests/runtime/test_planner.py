@@ -280,6 +280,16 @@ def test_a_rung_leaves_less() -> None:
     assert (quick.candidate.variant, quick.candidate.last_segment) == (1, 0)
 
 
+def test_a_burst_of_frames_that_no_exit_answers_has_to_pass_as_well() -> None:
+    objective = Objective(latency_p95_ms=900)
+    calm = known(17_000, fps=15.0)
+    burst = replace(calm, unsure_share=1.0)
+    then, now = (fresh(TABLES, estimates, objective) for estimates in (calm, burst))
+    assert TABLES.predict(calm).share[then.index] == 1, "on average the link carries it"
+    assert TABLES.predict(burst).share[then.index] < 1
+    assert TABLES.predict(burst).share[now.index] > TABLES.predict(burst).share[then.index]
+
+
 def test_what_frames_really_cost_counts() -> None:
     """Between frames a codec needs far less than its frames standing alone, which the manifest tells."""
     objective = Objective(bytes_per_second=6000)
