@@ -177,7 +177,7 @@ class Device:
         if not self._steering.computes():
             self._drop(Taken(*seen, features, None, timings, self._steering.plain), "gate only")
             return True
-        course = self._steering.course()
+        course = self._steering.course(frame.camera)
         if frame.flaw is not None:  # not worth the link
             self._answer_locally(Taken(*seen, features, None, timings, course), frame.flaw)
             return True

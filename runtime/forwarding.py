@@ -23,6 +23,7 @@ from runtime.counters import Counters
 from runtime.events import Event
 from runtime.link import Lane, Link
 from runtime.outbox import UNHEARD, Letter, Limits, Outbox
+from runtime.topics import report
 
 if TYPE_CHECKING:
     from runtime.spool import Spool
@@ -194,7 +195,10 @@ class Forwarding:
             return
         for letter in left:
             self._number = letter.number
-            self._outbox.put(letter, late=True)
+            if whole(letter):
+                self._outbox.put(letter, late=True)
+            else:
+                self._left(letter, "damaged")
         self._count()
         if left:
             log.info("%d events of an earlier run are in %s", len(left), self._path)
@@ -222,6 +226,15 @@ class Forwarding:
                 spool.close()
         self._counters.add("events_store_failures_total")
         log.warning("events cannot be kept in %s: %s; they are kept in memory until the next start", self._path, error)
+
+
+def whole(letter: Letter) -> bool:
+    """Whether a letter that was on disk is an event still."""
+    try:
+        stamped(letter, 0)
+    except (msgspec.DecodeError, TypeError):
+        return False
+    return report(letter.topic) is not None
 
 
 def stamped(letter: Letter, now_ns: int) -> bytes:

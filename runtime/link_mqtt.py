@@ -75,9 +75,9 @@ class MqttLink:
         self._versions = Versions(broker.version)
         self._pauses = Pauses()
         self._beat = beat
-        self._heartbeat = Heartbeat(broker.heartbeat_s if beat is not None else 0.0)
+        self._heartbeat = Heartbeat(0.0)  # made anew with each connection
         self._limits = Limits()
-        self._heard_s = 0.0
+        self._heard_s = self._ready_s = 0.0
         self._answer: Answer = ""
         self._awaited: set[int] = set()
         self._told = ""  # why the broker has ended the connection
@@ -145,9 +145,8 @@ class MqttLink:
         client = self._out.client
         if client is not None and self._tls is None:
             self._out.write(client)
-        if client is not None and self._out.wants_write(
-            client
-        ):  # the socket is full, or speaks TLS, where only one thread may touch it
+        # The socket is full, or speaks TLS, where only one thread may touch it.
+        if client is not None and self._out.wants_write(client):
             self._wake()
 
     def _wake(self) -> None:
@@ -168,7 +167,7 @@ class MqttLink:
                 log.exception("the link failed; trying again")
                 if client is not None:
                     self._out.end(client, "connection lost")
-            pause_s = self._pauses.after(outcome, time.monotonic() - start)
+            pause_s = self._pauses.after(outcome, time.monotonic() - max(start, self._ready_s))
             if self._pauses.dropped_again and not self._closing.is_set():
                 self._report(f"{self._client_id} is dropped soon after it is accepted; {SAME_ID}", "short")
             self._closing.wait(pause_s * random.uniform(0.5, 1.0))
@@ -186,8 +185,7 @@ class MqttLink:
             self._report(f"cannot reach the broker at {self._where}: {error}", "unreachable")
             return outcome_of(error)
         self._heard_s = time.monotonic()
-        result = OK
-        silent = half_open = False
+        result, silent, half_open = OK, False, False
         while not (self._closing.is_set() or silent or half_open or result != OK):
             result = self._turn(client)
             silent = not self.connected and time.monotonic() - self._heard_s > patience_s
@@ -316,7 +314,10 @@ class MqttLink:
             self._ready(client)
 
     def _ready(self, client: Client) -> None:
-        self._heartbeat.heard(time.monotonic())
+        self._ready_s = time.monotonic()
+        beats = self._beat and self._limits.maximum_qos  # a broker without QoS 1 answers none
+        self._heartbeat = Heartbeat(self._broker.heartbeat_s if beats else 0.0)
+        self._heartbeat.heard(self._ready_s)
         self._out.begin(client, self._limits, mqtt5=self._versions.now == "5")
         self._counters.add("link_connects_total")
         log.info("%s is connected to %s by MQTT %s", self._client_id, self._where, self._versions.now)

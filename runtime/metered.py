@@ -8,6 +8,8 @@ from collections.abc import Callable
 from runtime.counters import Counters
 from runtime.link import Handler, Lane, Link, Then
 
+UNSENT = ("late", "replaced", "full")  # words for what was dropped before any of it was written
+
 
 class MeteredLink:
     """A `Link` around another one. Counts `link_handed_bytes_total{lane}`, all of MQTT but acknowledgements."""
@@ -57,10 +59,23 @@ class MeteredLink:
         then: Then | None = None,
     ) -> int:
         """Hand a message over for sending, as `Link.publish` does, and count what it costs."""
-        cost = self._link.publish(topic, payload, qos=qos, retain=retain, lane=lane, expires_ns=expires_ns, then=then)
+        counted, unsent = 0, False
+
+        def ended(word: str) -> None:
+            nonlocal unsent
+            if word in UNSENT:  # perhaps before `publish` has returned
+                with self._lock:
+                    unsent = True
+                    self._beside -= counted
+            if then is not None:
+                then(word)
+
+        told = then if lane is Lane.FEATURES else ended
+        cost = self._link.publish(topic, payload, qos=qos, retain=retain, lane=lane, expires_ns=expires_ns, then=told)
         if cost:
             with self._lock:
-                self._beside += cost if lane is not Lane.FEATURES else 0
+                counted = 0 if unsent or lane is Lane.FEATURES else cost
+                self._beside += counted
             self._counters.add("link_handed_bytes_total", cost, lane=lane.name.lower())
         return cost
 

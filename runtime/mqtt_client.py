@@ -56,6 +56,15 @@ class MqttClient(Client):
     def on_publish(self, function: Any) -> None:
         Client.on_publish.fset(self, function)  # type: ignore[attr-defined]
 
+    @property
+    def on_disconnect(self) -> Any:
+        """Called with paho's lock of callbacks held, which a handler may hold that waits for the publisher."""
+        return super().on_disconnect if threading.get_ident() == self._maker else None
+
+    @on_disconnect.setter
+    def on_disconnect(self, function: Any) -> None:
+        Client.on_disconnect.fset(self, function)  # type: ignore[attr-defined]
+
 
 class AliasProperties(Properties):
     """The properties of a PUBLISH with a topic alias, made once, as paho takes longer for that than for the rest."""

@@ -323,7 +323,8 @@ class Node:
             camera=message.camera,
             flags=flags,
         )
-        if not self._link.publish(request.client.replies, packet.pack(answer), lane=Lane.FEATURES):
+        data, ends_ns = packet.pack(answer), request.deadline_ns
+        if not self._link.publish(request.client.replies, data, lane=Lane.FEATURES, expires_ns=ends_ns):
             self.counters.add("replies_dropped_total", reason="link")
 
     def _expire(self) -> None:

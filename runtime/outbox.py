@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WINDOW = 8  # letters on their way at once
+REFUSED = "refused by the broker"  # the word for one that it will not have
 UNHEARD = "unheard"  # the word for a letter that the broker took and had nobody to give to
 PAUSE_MIN_NS, PAUSE_MAX_NS = 1_000_000_000, 30_000_000_000  # between two letters that ask whether anybody listens
 BURST_S = 0.5  # what a rest adds up to at most: late letters of so many seconds go at once
@@ -130,7 +131,7 @@ class Outbox:
                 self._size_bytes -= letter.size_bytes
             self._left(letter, "")
             return number <= self._late
-        if word == UNHEARD:
+        if word in (UNHEARD, REFUSED):
             self._late = self._last
             if now_ns >= self._retry_ns:  # not the rest of a window whose first letter has told it already
                 self._pause_ns = min(max(self._pause_ns * 2, PAUSE_MIN_NS), PAUSE_MAX_NS)

@@ -67,7 +67,7 @@ class Pilot:
         self._link = LinkEstimator()
         self._work, self._above = WorkEstimator(), WorkEstimator()
         self._work.took(stage_ms, 0)
-        self._frames = RateEstimator()
+        self._frames: dict[str, RateEstimator] = {}  # by camera: together they come in bursts, which no gap tells
         self._unsure: deque[bool] = deque(maxlen=UNSURE)
         self._sizes: dict[str, tuple[deque[float], Window]] = {}
         self._alike: dict[int, deque[bool]] = {}
@@ -84,9 +84,9 @@ class Pilot:
         self.known = self._estimates(0)
         self.decision: Decision = plan(tables, self.known, objective, 0, None, budget_ms=budget_ms)
 
-    def taken(self, now_ns: int) -> None:
+    def taken(self, now_ns: int, camera: str = "") -> None:
         """A frame is there to be answered."""
-        self._frames.taken(now_ns)
+        self._frames.setdefault(camera, RateEstimator()).taken(now_ns)
 
     def computed(self, *, answered: bool) -> None:
         """A frame has run here as the plan says; whether an exit has answered it."""
@@ -178,7 +178,7 @@ class Pilot:
         if len(self._beside) < 2:
             return 0.0
         (first_ns, first), (last_ns, last) = self._beside[0], self._beside[-1]
-        return (last - first) / ((last_ns - first_ns) / 1e9)
+        return max(0, last - first) / ((last_ns - first_ns) / 1e9)
 
     def step(
         self,
@@ -319,7 +319,7 @@ class Pilot:
             link=self._link.estimate(now_ns, beside=self.other_bytes),
             stage_ms=stages,
             node_ms=above,
-            frames_per_second=self._frames.per_second or 10.0,
+            frames_per_second=sum(one.per_second or 0.0 for one in self._frames.values()) or 10.0,
             unsure_share=sum(self._unsure) / UNSURE,
             other_bytes=self.other_bytes,
             max_packet_bytes=self._max_packet_bytes,

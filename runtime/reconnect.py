@@ -113,11 +113,12 @@ class Versions:
         """The broker says that it does not speak it."""
         if self.now == "5":
             self._in_vain = TRIALS
+            self._taken.discard("5")
         self._turn()
 
     def lost(self) -> None:
         """A connection in this version has ended: MQTT 5 gets another chance if it may have been an accident."""
-        if self._auto and self._in_vain < TRIALS:
+        if self._auto and (self._in_vain < TRIALS or "5" in self._taken):
             self.now = "5"
 
     def _turn(self) -> None:

@@ -12,6 +12,7 @@ from runtime.errors import PacketError
 MAX_DEGRADED = 200
 MAX_TIMINGS = 256
 Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]  # those of a network are a difference
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,7 +23,7 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     confidence: Score
     answer: msgspec.Raw  # only the task can read it: runtime.task.Task.decode
     # stage → ms, each with the name of its tier
-    timings: Annotated[dict[str, float], msgspec.Meta(max_length=MAX_TIMINGS)] = {}
+    timings: Annotated[dict[str, Milliseconds], msgspec.Meta(max_length=MAX_TIMINGS)] = {}
     degraded: Annotated[str, msgspec.Meta(max_length=MAX_DEGRADED)] | None = None
 
 

@@ -132,13 +132,13 @@ class Steering:
                 return True
         return False
 
-    def course(self) -> Course:
+    def course(self, camera: str) -> Course:
         """For a frame that is computed now."""
         if self._pilot is None:
             return self.plain
         self.tick()
         with self._lock:
-            self._pilot.taken(time.monotonic_ns())
+            self._pilot.taken(time.monotonic_ns(), camera)
             return self._courses[self._pilot.decision.candidate]
 
     def aside(self) -> Course | None:

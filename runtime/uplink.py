@@ -95,6 +95,7 @@ class Uplink(Generic[Context]):
     ) -> None:
         self._encoder = Encoder(bundle, codec=codec, cut=cut, between_frames=between_frames)
         self.prepare = self._encoder.prepare
+        self._way = self._encoder.way  # as it was made; the encoder's own may be one that had to be smaller
         self._fitting = Fitting(bundle, self._encoder, counters)
         self._on_late = on_late
         self._given_back: OrderedDict[int, Sent[Context]] = OrderedDict()  # by sequence; guarded by _lock
@@ -160,7 +161,7 @@ class Uplink(Generic[Context]):
             return "offline"
         if self.full:
             return "busy"
-        way = way or self._encoder.way
+        way = way or self._way
         sent = Sent(context, deadline_ns, _Frame(features.tensor, born_ns, camera, origin, variant, way, alone))
         problem = self._dispatch(sent, before=before)
         return sent if problem in ("", "gone") else problem
@@ -253,7 +254,8 @@ class Uplink(Generic[Context]):
         with self._lock:
             late = [sequence for sequence, sent in self._waiting.items() if sent.deadline_ns <= now_ns]
             for sequence in late:
-                self._given_back[sequence] = self._waiting[sequence]
+                if self._on_late is not None:
+                    self._given_back[sequence] = self._waiting[sequence]
             while len(self._given_back) > REMEMBERED:
                 self._given_back.popitem(last=False)
             return [self._waiting.pop(sequence) for sequence in late]

@@ -71,7 +71,7 @@ def node_stages(timings: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {"rest": 0.0}
     for name, ms in timings.items():
         stage = name.rpartition(".")[2]
-        if stage.startswith("segment"):
+        if stage.startswith("segment") and stage[7:].isdecimal():
             found[stage] = found.get(stage, 0.0) + ms
         else:
             found["rest"] += ms
