@@ -136,15 +136,22 @@ class Transform:
         """The packer for levels that stand alone (activity 0) or for differences of that activity."""
         packer = self._packers.get((rate, activity))
         if packer is None:
-            tables = self.tables
-            try:
-                packer = LevelPacker(
-                    tables.count, tables.books, tables.groups[rate, activity], tables.dictionaries[rate][activity]
-                )
-            except Exception as error:  # zstd's own error for a bad dictionary, and whatever wrong groups lead to
-                raise BundleError(f"the tables of the codec transform cannot be used: {error}") from error
-            self._packers[rate, activity] = packer
+            # All activities of a rate at once: how busy a scene can get shows over hours, and memory should not grow
+            # for so long.
+            for each in range(self.tables.groups.shape[1]) if activity else (0,):
+                if (rate, each) not in self._packers:
+                    self._packers[rate, each] = self._packer(rate, each)
+            packer = self._packers[rate, activity]
         return packer
+
+    def _packer(self, rate: int, activity: int) -> LevelPacker:
+        tables = self.tables
+        try:
+            return LevelPacker(
+                tables.count, tables.books, tables.groups[rate, activity], tables.dictionaries[rate][activity]
+            )
+        except Exception as error:  # zstd's own error for a bad dictionary, and whatever wrong groups lead to
+            raise BundleError(f"the tables of the codec transform cannot be used: {error}") from error
 
 
 class TransformCodec:

@@ -26,6 +26,7 @@ Ints: TypeAlias = NDArray[np.int32]  # narrow where a frame is touched: what fit
 Hashes: TypeAlias = NDArray[np.uint32]  # sums of levels times weights, modulo 2 ** 32
 
 BOOK_ROWS = 255
+MOST_SMALL = 127  # coefficients of a group, and kinds of them: what many small numbers are kept in allows no more
 RETRIES = 2
 PLACE_BITS = 32
 SLOT_BITS = 14
@@ -50,6 +51,11 @@ class Books:
         return np.array([rows.shape[1] for rows in self.rows], np.int64)
 
     @cached_property
+    def flat(self) -> Levels:
+        """All rows of all kinds, one behind the other."""
+        return np.concatenate([rows.ravel() for rows in self.rows])
+
+    @cached_property
     def finder(self) -> Finder:
         """Finds groups in these books; made when first needed, which only senders do."""
         return Finder(self)
@@ -69,8 +75,10 @@ class LevelPacker:
             dictionary: of zstd, as trained on calibration frames; empty for none.
 
         Raises:
-            ValueError: the groups do not fit the coefficients.
+            ValueError: the groups do not fit the coefficients, or are too large or of too many kinds.
         """
+        if max(books.sizes.max(), len(books.rows)) > MOST_SMALL:
+            raise ValueError(f"groups of {books.sizes.max()} in {len(books.rows)} kinds; {MOST_SMALL} is the most")
         sizes = np.repeat(books.sizes, groups)
         ends = np.cumsum(sizes)
         self._covered = int(ends[-1]) if ends.size else 0
@@ -79,16 +87,16 @@ class LevelPacker:
         self._count = count
         self._starts = ends - sizes
         kinds = np.repeat(np.arange(len(books.rows)), groups)
-        self._kinds = kinds
+        self._kinds = kinds.astype(np.uint8)
         group = np.repeat(np.arange(sizes.size), sizes)
         place = np.arange(self._covered) - self._starts[group]
         offsets = np.concatenate([[0], np.cumsum([rows.size for rows in books.rows])])
-        self._flat = np.concatenate([rows.ravel() for rows in books.rows])
-        self._group, self._sizes = group, sizes
+        self._flat = books.flat
+        self._group, self._sizes = group.astype(np.int32), sizes
         self._row_start = (offsets[kinds][group] + place).astype(np.int32)
-        self._row_size = sizes[group].astype(np.int32)
-        self._rows_of_kind = np.array([len(rows) for rows in books.rows], np.int64)[kinds]
-        self._books, self._place = books, place
+        self._row_size = sizes[group].astype(np.int16)
+        self._rows_of_kind = np.array([len(rows) for rows in books.rows], np.uint8)[kinds]
+        self._books, self._place = books, place.astype(np.uint8)
         compression = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, **ZSTD)
         shared: dict[str, Any] = {"dict_data": zstandard.ZstdCompressionDict(dictionary)} if dictionary else {}
         self._compressor = zstandard.ZstdCompressor(compression_params=compression, **shared)
@@ -212,7 +220,7 @@ class Finder:
         self._first = np.cumsum([0, *(known.size for known in hashes[:-1])])
         self._hashes = np.concatenate(hashes)
 
-    def rows(self, kinds: Longs, hashes: Hashes) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def rows(self, kinds: NDArray[np.uint8], hashes: Hashes) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The row of each group in the book of its kind (0 where there is none), and whether there is one."""
         symbols = self._table[kinds, self._slots(hashes, self._factors[kinds])]
         found = self._hashes[self._first[kinds] + symbols] == hashes
