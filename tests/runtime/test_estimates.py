@@ -177,6 +177,8 @@ def test_an_empty_window_knows_nothing() -> None:
 def test_stages_of_a_reply_compare_between_tiers() -> None:
     timings = {"edge.queue": 1.0, "edge.decode": 2.0, "edge.segment1": 5.0, "cloud.segment2": 7.0, "edge.network": 10.0}
     assert node_stages(timings) == {"rest": 13.0, "segment1": 5.0, "segment2": 7.0}
+    strange = {"cloud.segmentX": 1.0, "cloud.segment": 2.0, "segment-1": 4.0}
+    assert node_stages(strange) == {"rest": 7.0}, "only a number names a segment"
 
 
 def test_work_is_known_by_stage() -> None:

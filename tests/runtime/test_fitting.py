@@ -131,3 +131,31 @@ def test_where_even_the_smallest_rate_is_too_large_the_reason_is_oversize(
     features = Features(0, FRAME)
     assert uplink.send(features, "x", born_ns=now_ns, deadline_ns=now_ns + 10**10) == "oversize"
     assert counters.total("link_refused_total") == 0
+
+
+def test_one_frame_that_was_too_large_costs_later_ones_their_rate_for_a_while_only(
+    connected: Callable[[int], tuple[Link, Link, Counters]], bundle: Bundle
+) -> None:
+    """Nobody says by which rate they go up, as where there is no objective."""
+    link, _, counters = connected(publish_bytes(SELF.request(bundle.key8, 0), sizes(bundle)[75] + 44, alias=True))
+    uplink: Uplink[str] = Uplink(
+        link, SELF, bundle, codec="jpeg:90", cut=0, max_in_flight=1, counters=counters, on_reply=lambda sent, said: None
+    )
+    link.start()
+    end_s = time.monotonic() + 10
+    while not link.connected and time.monotonic() < end_s:
+        time.sleep(0.01)
+
+    def way_of(frame: np.ndarray) -> Way:
+        now_ns = time.monotonic_ns()
+        sent = uplink.send(Features(0, frame), "x", born_ns=now_ns, deadline_ns=now_ns + 10**10)
+        assert isinstance(sent, Sent)
+        uplink.drain()
+        return sent.way
+
+    easy = np.zeros_like(FRAME)
+    assert way_of(easy) == jpeg(bundle, 90)
+    assert way_of(FRAME) == jpeg(bundle, 75)
+    assert {way_of(easy) for _ in range(TRY_AGAIN)} == {jpeg(bundle, 75)}
+    assert way_of(easy) == jpeg(bundle, 90)
+    assert way_of(easy) == jpeg(bundle, 90)

@@ -259,6 +259,40 @@ def test_two_devices_cannot_share_a_file(run: Callable[..., Run], tmp_path: Path
     assert (one.count("events_store_failures_total"), other.count("events_store_failures_total")) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("is_there", "comes"),
+    [
+        (b'"label":"lamp"', b'"label"?"lamp"'),
+        (b"kinflow/v1/home/d/board/cam/porch/event{", b"kinflow/v1/home/d/board/cam/+orch/event{"),
+    ],
+    ids=["no JSON", "no topic"],
+)
+def test_a_damaged_row_is_counted_and_forgotten_and_the_others_go(
+    run: Callable[..., Run],
+    listen: Callable[[], list[dict[str, Any]]],
+    tmp_path: Path,
+    is_there: bytes,
+    comes: bytes,
+) -> None:
+    heard = listen()
+    path = tmp_path / "events.db"
+    one = run("a", store=str(path))
+    one.tell(3)
+    one.forwarding.close()
+    data = path.read_bytes()
+    assert data.count(is_there) == 3
+    path.write_bytes(data.replace(is_there, comes, 1))
+    other = run("b", store=str(path))
+    other.tell()
+    other.link.start()
+    other.forwarding.tend()
+    assert len(heard) == 3
+    assert other.count('events_lost_total{reason="damaged"}') == 1
+    assert other.count("events_stored") == 0
+    other.forwarding.close()
+    assert in_file(path, boot_id()) == []
+
+
 FULL = """
 import resource, sys
 from pathlib import Path

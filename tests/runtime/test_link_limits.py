@@ -14,6 +14,7 @@ from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.link import Lane
 from runtime.link_mqtt import MqttLink
+from runtime.outbox import REFUSED
 from runtime.topics import Subtree, publish_bytes
 
 PORCH = Subtree("home", "d", "porch")
@@ -95,9 +96,10 @@ def connect() -> Iterator[Callable[..., MqttLink]]:
     links: list[MqttLink] = []
 
     def open_one(broker: Any, *, counters: Counters | None = None, name: str = "one", **settings: Any) -> MqttLink:
-        hear = settings.pop("hear", None)
+        hear, beat = settings.pop("hear", None), settings.pop("beat", None)
         config = BrokerConfig(host=broker.host, port=broker.port, **settings)
-        link = MqttLink(config, client_id=name, will=(f"will/{name}", b"gone"), counters=counters or Counters())
+        will = (f"will/{name}", b"gone")
+        link = MqttLink(config, client_id=name, will=will, counters=counters or Counters(), beat=beat)
         links.append(link)
         if hear is not None:
             link.subscribe(*hear)
@@ -244,6 +246,15 @@ def test_a_broker_with_neither_qos_1_nor_retaining_is_served_as_it_can_be(
     assert "retain_available" in caplog.text
 
 
+def test_a_broker_that_confirms_nothing_is_not_taken_for_a_half_open_connection(
+    start_mosquitto: Callable[..., Any], connect: Callable[..., MqttLink]
+) -> None:
+    counters = Counters()
+    link = connect(start_mosquitto("max_qos 0\n"), counters=counters, heartbeat_s=0.2, beat="beat")
+    assert not until(lambda: counters.snapshot().get('link_disconnects_total{reason="half-open"}'), 1.2)
+    assert link.connected
+
+
 def test_a_refused_message_is_told_and_counted(
     recorder: Callable[..., Recorder], connect: Callable[..., MqttLink], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,6 +263,6 @@ def test_a_refused_message_is_told_and_counted(
     assert link.publish("secret", b"x", qos=1, lane=Lane.EVENTS, then=ends.append)
     assert until(lambda: server.packets)
     server.confirm(0, 0x87)
-    assert until(lambda: ends == ["refused by the broker"])
+    assert until(lambda: ends == [REFUSED])
     assert counters.snapshot()['link_lost_total{lane="events",reason="refused by the broker"}'] == 1
     assert "the broker refuses secret: Not authorized" in caplog.text

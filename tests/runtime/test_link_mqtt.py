@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,3 +344,68 @@ def test_tls_files_that_are_none_are_told_at_the_start(tmp_path: Path, wrong: st
     config = BrokerConfig(host="127.0.0.1", ca_file=str(ca_file))
     with pytest.raises(ConfigError, match=r"TLS cannot be set up with .*ca\.pem"):
         MqttLink(config, client_id="x", will=None, counters=Counters())
+
+
+def test_a_connection_that_dies_under_a_publisher_lets_go_of_a_handler_that_waits_for_it(
+    connect: Callable[..., MqttLink],
+) -> None:
+    """A pipeline publishes with a lock held that a handler wants as well."""
+    sent, entered, dead, lock = threading.Event(), threading.Event(), threading.Event(), threading.Lock()
+    done: list[str] = []
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        connection.recv(4096)
+        connection.sendall(CONNACK)
+        connection.recv(4096)
+        connection.sendall(bytes([0x90, 3, 0, 1, 0]))
+        sent.wait(10)  # and read nothing more
+        connection.sendall(bytes([0x30, 4, 0, 1, ord("a"), 7]))
+        entered.wait(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        dead.set()
+
+    def handle(topic: str, payload: bytes) -> None:
+        entered.set()
+        with lock:
+            done.append("handler")
+
+    def publish() -> None:
+        with lock:
+            sent.set()
+            dead.wait(10)
+            link.publish("b", b"x", qos=1)
+        done.append("publisher")
+
+    server = socket.create_server(("127.0.0.1", 0))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    threading.Thread(target=serve, args=(server,), daemon=True).start()
+    link = connect(SimpleNamespace(host="127.0.0.1", port=server.getsockname()[1]), version="3.1.1", heartbeat_s=0)
+    link.subscribe("a", handle)
+    link.start()
+    assert until(lambda: link.connected)
+    assert link.publish("b", bytes(8_000_000)), "more than the sockets hold, so a part of it waits to be written"
+    threading.Thread(target=publish, daemon=True).start()
+    assert until(lambda: sorted(done) == ["handler", "publisher"], 3)
+    server.close()
+
+
+def test_how_long_a_connection_lived_is_counted_from_when_it_stood(connect: Callable[..., MqttLink]) -> None:
+    """Where the link is slow, to connect takes longer than a connection that is dropped at once lives."""
+    server, counters = socket.create_server(("127.0.0.1", 0)), Counters()
+
+    def serve() -> None:
+        for slowness_s in (0.0, 0.0, 1.2):
+            connection, _ = server.accept()
+            connection.recv(4096)
+            time.sleep(slowness_s)
+            connection.sendall(CONNACK)
+            connection.close()
+        server.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    link = connect(SimpleNamespace(host="127.0.0.1", port=server.getsockname()[1]), counters=counters, version="3.1.1")
+    link.start()
+    assert until(lambda: counters.snapshot().get('link_disconnects_total{reason="lost"}') == 3)
+    assert until(lambda: counters.snapshot().get('link_disconnects_total{reason="short"}'), 2)

@@ -147,6 +147,13 @@ def test_a_request_whose_budget_has_ended_is_not_run(client: Client, node: Node)
     assert node.counters.total("requests_dropped_total") == 1
 
 
+def test_what_would_come_too_late_is_not_sent_down(client: Client, node: Node) -> None:
+    client.send(client.request(1, budget_ms=0, cut=3))
+    assert isinstance(client.ask(2), reply.Reply)
+    assert 1 not in client.replies
+    assert node.counters.snapshot()['replies_dropped_total{reason="link"}'] == 1
+
+
 def test_ten_thousand_pieces_of_garbage(client: Client, node: Node) -> None:
     """Every one is refused and counted, none ends the node, and a good request is answered after each lot."""
     sent = 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.outbox import PAUSE_MAX_NS, PAUSE_MIN_NS, UNHEARD, WINDOW, Letter, Limits, Outbox
+from runtime.outbox import PAUSE_MAX_NS, PAUSE_MIN_NS, REFUSED, UNHEARD, WINDOW, Letter, Limits, Outbox
 
 S = 1_000_000_000
 WIDE = Limits(messages=10_000, size_bytes=1 << 22, age_ns=86_400 * S, per_second=20)
@@ -99,7 +99,8 @@ def test_late_letters_are_told_from_fresh_ones() -> None:
     assert [*late, mail.settle(mail.take() or 0)] == [True, True, False]
 
 
-def test_while_nobody_listens_one_letter_asks_more_and_more_rarely() -> None:
+@pytest.mark.parametrize("word", [UNHEARD, REFUSED])
+def test_while_nobody_listens_or_may_hear_one_letter_asks_more_and_more_rarely(word: str) -> None:
     mail = Mail()
     for _ in range(5):
         mail.put()
@@ -108,7 +109,7 @@ def test_while_nobody_listens_one_letter_asks_more_and_more_rarely() -> None:
         if (number := mail.take()) is not None:
             asked.append((number, mail.now_ns))
             assert mail.take() is None
-            mail.settle(number, UNHEARD)
+            mail.settle(number, word)
         mail.now_ns += S // 10
     assert {number for number, _ in asked} == {1}
     pauses = [(after - before) / S for (_, before), (_, after) in pairwise(asked)]

@@ -186,3 +186,22 @@ def test_as_many_frames_are_on_their_way_as_rate_times_time() -> None:
     assert 2 <= allowed <= 10 * 1.5 * flown.decision.latency_ms / 1000 + 2
     flown.replied((now + 301 + allowed - 1) * MS, (now + 500) * MS, NODE)
     assert not flown.full(), "what a later one overtook is on no way any more"
+
+
+@pytest.mark.parametrize("cameras", [1, 2, 3])
+def test_the_rate_of_frames_is_that_of_all_cameras_together(cameras: int) -> None:
+    """Ten frames a second each, in step, and some work between two of them."""
+    flown = pilot()
+    for start in range(1000, 5000, 100):
+        for camera in range(cameras):
+            flown.taken((start + 15 * camera) * MS, f"cam{camera}")
+    flown.step(5000 * MS)
+    assert flown.known.frames_per_second == pytest.approx(10 * cameras, rel=0.01)
+
+
+def test_bytes_that_never_left_are_no_room_for_frames() -> None:
+    """What was counted as handed over is taken back where it is dropped before it was written."""
+    flown = pilot(bytes_per_second=20_000.0)
+    flown.beside(0, 8000)
+    flown.beside(1000 * MS, 0)
+    assert flown.other_bytes == 0.0

@@ -93,6 +93,29 @@ def test_a_broker_that_is_killed_amid_a_connect_does_not_cost_mqtt_5() -> None:
     assert str(versions.now) == "3.1.1", "or it has become another broker"
 
 
+def test_a_broker_that_took_mqtt_5_is_asked_for_it_again_after_any_outage() -> None:
+    """A proxy before it may accept and hang up for as long as it is away."""
+    versions = Versions("auto")
+    versions.accepted()
+    versions.lost()
+    for _ in range(5):
+        versions.hung_up()
+    assert str(versions.now) == "3.1.1"
+    versions.accepted()
+    versions.lost()
+    assert str(versions.now) == "5"
+
+
+def test_a_broker_that_took_mqtt_5_and_now_says_that_it_has_none_is_another_one() -> None:
+    versions = Versions("auto")
+    versions.accepted()
+    versions.lost()
+    versions.refused()
+    versions.accepted()
+    versions.lost()
+    assert str(versions.now) == "3.1.1"
+
+
 def test_one_accident_at_the_start_is_made_good() -> None:
     versions = Versions("auto")
     versions.hung_up()

@@ -20,7 +20,7 @@ replies = st.builds(
     exit=st.integers(0, 255),
     confidence=st.floats(0, 1),
     answer=st.dictionaries(st.text(max_size=9), st.floats(0, 1), max_size=5).map(msgspec.json.encode).map(msgspec.Raw),
-    timings=st.dictionaries(st.text(max_size=20), st.floats(0, 1e6), max_size=5),
+    timings=st.dictionaries(st.text(max_size=20), st.floats(-1e9, 1e9), max_size=5),
     degraded=st.none() | st.text(max_size=200),
 )
 GOOD: dict[str, Any] = {"tier": "cloud", "exit": 3, "confidence": 0.75, "answer": {"topk": [[1, 0.75], [0, 0.25]]}}
@@ -54,6 +54,8 @@ def test_a_reply_is_json_that_a_person_can_read() -> None:
         {"confidence": 1.5},
         {"confidence": None},
         {"timings": {"segment0": "fast"}},
+        {"timings": {"segment0": 1e308}},
+        {"timings": {"network": -1e308}},
         {"degraded": "x" * 201},
         {"more": 1},
     ],

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -253,6 +254,16 @@ def test_what_expires_is_given_back_once_and_never_answered(bench: Bench) -> Non
     assert bench.counters.snapshot()['replies_ignored_total{reason="late"}'] == 1
     assert bench.uplink.drain() == [kept]
     assert bench.uplink.drain() == []
+
+
+def test_what_was_given_back_is_not_held_where_nobody_asks_for_late_answers(bench: Bench) -> None:
+    tensor = FEATURES.tensor.copy()
+    now_ns = time.monotonic_ns()
+    bench.uplink.send(Features(1, tensor), "one", born_ns=now_ns, deadline_ns=now_ns + SECOND_NS)
+    assert len(bench.uplink.expire(now_ns + SECOND_NS)) == 1
+    held = weakref.ref(tensor)
+    del tensor
+    assert held() is None
 
 
 def test_patience_ends_with_the_first_deadline(bench: Bench) -> None:
