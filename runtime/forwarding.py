@@ -232,7 +232,7 @@ def whole(letter: Letter) -> bool:
     """Whether a letter that was on disk is an event still."""
     try:
         stamped(letter, 0)
-    except (msgspec.DecodeError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError):
         return False
     return report(letter.topic) is not None
 

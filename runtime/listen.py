@@ -139,7 +139,7 @@ class Memory:
             text = path.read_bytes() if path.exists() else b"[]"
             self.inbox = Inbox(msgspec.json.decode(text, type=list[Session]))
             self._write()
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"--seen {path} is no file of ours ({error}); name another one or remove it") from error
         except OSError as error:
             raise ConfigError(f"--seen {path} cannot be used: {error.strerror}; name another file") from error
@@ -173,7 +173,7 @@ class Printer:
         found = topics.report(topic)
         try:
             event = msgspec.json.decode(payload, type=Heard)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("%s: no event that this version can read: %s", printable(topic), printable(str(error)))
             return
         if found is None:

@@ -119,7 +119,7 @@ class Uplink(Generic[Context]):
     @property
     def way(self) -> Way:
         """Cut, codec and rate of what is sent when nothing else is said."""
-        return self._encoder.way
+        return self._way
 
     @property
     def full(self) -> bool:
@@ -150,7 +150,7 @@ class Uplink(Generic[Context]):
             camera: index in the list of cameras of whoever has the camera.
             origin: who that is, when a node passes on what another has sent it.
             variant: of the first segment, that made the features.
-            way: cut, codec and rate from now on, `prepare`d; None: as the last ones.
+            way: cut, codec and rate from now on, `prepare`d; None: as it was made.
             alone: whether `way` holds for this frame only, which stands alone.
             before: called with what goes up just before it does, as no answer may overtake that.
 

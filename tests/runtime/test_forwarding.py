@@ -263,9 +263,10 @@ def test_two_devices_cannot_share_a_file(run: Callable[..., Run], tmp_path: Path
     ("is_there", "comes"),
     [
         (b'"label":"lamp"', b'"label"?"lamp"'),
+        (b'"label":"lamp"', b'"label":"l\xffmp"'),
         (b"kinflow/v1/home/d/board/cam/porch/event{", b"kinflow/v1/home/d/board/cam/+orch/event{"),
     ],
-    ids=["no JSON", "no topic"],
+    ids=["no JSON", "no text", "no topic"],
 )
 def test_a_damaged_row_is_counted_and_forgotten_and_the_others_go(
     run: Callable[..., Run],
