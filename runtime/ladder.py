@@ -3,15 +3,16 @@
 | rung               | what it leaves to the planner             | trigger                                | way back   |
 |--------------------|-------------------------------------------|----------------------------------------|------------|
 | full               | everything                                |                                        |            |
-| smaller rate       | half the bytes of a frame at most         | 2 of the last 10 sent frames were late | calm, wide |
-| deeper local exit  | the deepest cut, a quarter of the bytes   | 4 of the last 10, or 2 after the first | calm, wide |
+| smaller rate       | half the bytes of a frame at most         | a fifth of what was sent was late      | calm, wide |
+| deeper local exit  | the deepest cut, a quarter of the bytes   | two fifths, or a fifth again           | calm, wide |
 | local variant only | nothing goes up                           | the link is lost                       | it is back |
 | gate only          | a frame a second; the gate answers others | low voltage, throttling, or hot        | calm       |
 
-Within a rung the planner steps finely by what it predicts; rungs are for what its predictions did not foresee. `calm`
-is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left; `wide` a link known
-to be twice as fast as when the rung was taken, which leads back to the full rung at once. A warm board, short of a hot
-one, keeps its rung and does the least work on the device that still sends.
+Within a rung the planner steps finely by what it predicts; rungs are for what its predictions did not foresee. Frames
+sent are those of the last three seconds, and ten at least, two of them late: so one stall of the link is no reason yet.
+`calm` is `CALM_MS` without the trigger, doubled each time the rung is taken again soon after it was left; `wide` a link
+known to be twice as fast as when the rung was taken, which leads back to the full rung at once. A warm board, short of
+a hot one, keeps its rung and does the least work on the device that still sends.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from runtime.thermals import Board
 CALM_MS, MAX_CALM_MS = 4000.0, 64_000.0
 COOL_CELSIUS = 5.0  # below the trigger before it counts as gone
 WIDER = 2.0  # times the goodput that there was when a rung was taken
-RECENT = 10  # frames sent
-LATE_SMALLER, LATE_DEEPER = 2, 4
+RECENT, MOST_RECENT = 10, 256  # frames sent: at least so many are looked at, at most so many kept
+RECENT_NS = 3_000_000_000
+LEAST_LATE = 2
+LATE_SMALLER, LATE_DEEPER = 0.2, 0.4  # shares
 OUTDATED_NS = 10_000_000_000  # what was late so long ago is no trigger any more
 RUNGS = ("full", "smaller rate", "deeper local exit", "local variant only", "gate only")
 FULL, SMALLER, DEEPER, LOCAL, GATE = range(5)
@@ -53,7 +56,7 @@ class Ladder:
 
     def __init__(self, *, warm_celsius: float, hot_celsius: float) -> None:
         self._warm, self._hot = warm_celsius, hot_celsius
-        self._recent: deque[tuple[int, bool]] = deque(maxlen=RECENT)
+        self._recent: deque[tuple[int, bool]] = deque(maxlen=MOST_RECENT)
         self._rung = FULL
         self._reason = ""
         self._bytes = self._goodput = math.inf  # of a frame, and of the link, when the rung was taken
@@ -119,11 +122,16 @@ class Ladder:
             return GATE, f"the board is hot, {board.celsius:.0f} of {self._hot:g} °C"
         if lost is not None:
             return LOCAL, lost
-        late = sum(late for at_ns, late in self._recent if now_ns - at_ns < OUTDATED_NS)
-        if late >= LATE_SMALLER:
-            sentence = f"{late} of the last {len(self._recent)} frames that went up were late"
+        sent = [
+            (at_ns, late)
+            for place, (at_ns, late) in enumerate(reversed(self._recent))
+            if place < RECENT or now_ns - at_ns < RECENT_NS
+        ]
+        late = sum(late for at_ns, late in sent if now_ns - at_ns < OUTDATED_NS)
+        if late >= max(LEAST_LATE, LATE_SMALLER * len(sent)):
+            sentence = f"{late} of the last {len(sent)} frames that went up were late"
             # Once at a rung, what was late before it is forgotten, so the next one needs as much again.
-            deeper = late >= LATE_DEEPER or self._rung == SMALLER
+            deeper = late >= LATE_DEEPER * max(RECENT, len(sent)) or self._rung == SMALLER
             return (DEEPER if deeper else SMALLER), sentence
         return FULL, ""
 

@@ -45,6 +45,18 @@ def test_late_frames_step_down_one_rung_after_the_other_and_calm_leads_back() ->
     assert step(steps, 12.5).rung == "full"
 
 
+def test_one_stall_of_a_quick_stream_is_no_reason_and_lasting_lateness_is() -> None:
+    steps = ladder()
+    for n in range(90):  # 15 a second; those of a third of a second are held up together
+        steps.sent(round(n / 15 * SECOND), late=60 <= n < 65)
+        assert step(steps, n / 15).rung == "full"
+    for n in range(90, 120):
+        steps.sent(round(n / 15 * SECOND), late=n % 3 == 0)
+        if step(steps, n / 15).rung != "full":
+            break
+    assert 95 < n < 119
+
+
 def test_a_lost_link_keeps_everything_here_until_a_word_comes() -> None:
     steps = ladder()
     lost = step(steps, 1, lost="nothing has come back for 2.3 s")
