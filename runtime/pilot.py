@@ -28,6 +28,7 @@ STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any mor
 PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
 LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
+LIGHT_BYTES, LIGHT_SHARE = 16_384, 0.5  # on their way: in all, and of what the link carries within the limit
 UNSURE = 15  # frames: who comes and goes makes bursts of those that no exit answers
 WORK_SHARE = 0.75  # quantile of own work that is planned with
 
@@ -224,7 +225,8 @@ class Pilot:
     def arrival_ms(self, now_ns: int, captured_ns: int) -> float:
         """The age an answer would have if the frame went up now, as it is decided."""
         # What waits says how slow the link is just now, be it a stall; for a plan that is too short a view.
-        way, link = self.decision.candidate.way, self._link.estimate(now_ns, *self._waiting())
+        way = self.decision.candidate.way
+        link = self.known.link if self._light() else self._link.estimate(now_ns, *self._waiting())
         age_ms = (now_ns - captured_ns) / 1e6
         usual = None if way is None else self.tables.size(way)
         if way is None or usual is None or link.goodput is None:
@@ -248,11 +250,18 @@ class Pilot:
         """Whether as many frames are on their way as should be: rate times time (Little's law).
 
         The time is half more than what an answer is predicted to take: yet more could still be in time where the link
-        only stalls, but would have to drain first where it has become slow.
+        only stalls, but would have to drain first where it has become slow. What drains soon may wait all the time.
         """
         flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
-        in_time_ms = min(self.limit_ms, 1.5 * self.decision.latency_ms)
+        in_time_ms = self.limit_ms if self._light() else min(self.limit_ms, 1.5 * self.decision.latency_ms)
         return flying >= max(LEAST_FLYING, math.ceil(self.known.frames_per_second * in_time_ms / 1000) + 1)
+
+    def _light(self) -> bool:
+        """Whether what is on its way would drain soon, also from a link that has become a good deal slower."""
+        waiting = sum(frame.size for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns)
+        goodput = self.known.link.goodput
+        most = LIGHT_BYTES if goodput is None else min(LIGHT_BYTES, LIGHT_SHARE * self.limit_ms / 1000 * goodput)
+        return waiting <= most
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
         """How to send this frame to learn something, though the plan would not; None: not now.

@@ -181,9 +181,21 @@ def test_as_many_frames_are_on_their_way_as_rate_times_time() -> None:
     assert flown.known.frames_per_second == pytest.approx(10)
     allowed = 0
     while not flown.full():
-        flown.sent((now + 301 + allowed) * MS, 1000, WAY, encode_ms=3.0)
+        flown.sent((now + 301 + allowed) * MS, 20_000, WAY, encode_ms=3.0)
         allowed += 1
     assert 2 <= allowed <= 10 * 1.5 * flown.decision.latency_ms / 1000 + 2
+
+
+def test_what_drains_soon_may_wait_through_a_stall() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    flown.step((now + 300) * MS)
+    allowed = 0
+    while not flown.full():
+        flown.sent((now + 301 + allowed) * MS, 10, WAY, encode_ms=3.0)
+        allowed += 1
+    assert allowed == 10 * flown.limit_ms / 1000 + 1
+    assert not flown.too_late((now + 302 + allowed) * MS, (now + 301 + allowed) * MS)
     flown.replied((now + 301 + allowed - 1) * MS, (now + 500) * MS, NODE)
     assert not flown.full(), "what a later one overtook is on no way any more"
 
