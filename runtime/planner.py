@@ -5,11 +5,9 @@ the limit on bytes; then the rest. Among the first the objective decides, among 
 age, among the last bytes. Ties go to fewer bytes, then to the younger answer, then to the first in the table, so that
 the same knowledge gives the same decision.
 
-A move away from a candidate that has come to miss a limit is made at once. To something lighter it takes a moment
-(`BACK_OFF_MS`). To something heavier it must keep the limits with a margin, gain enough, and have done both for a while
-(`HOLD_MS`, doubled each time such a move had to be taken back soon), and goes in steps of twice the bytes; bytes that
-were too many are not tried again for some holds. With knowledge that stays as it is, a plan never comes back to where
-it was.
+A move away from a candidate that has come to miss a limit is made at once. Any other must keep the limits with a
+margin, gain enough, and have done both for a while (`HOLD_MS`, doubled each time such a move had to be taken back
+soon). With knowledge that stays as it is, a plan therefore moves no more than twice, and never back and forth.
 """
 
 from __future__ import annotations
@@ -31,10 +29,6 @@ OUTAGE_MS = 5000.0  # without sending: what was regretted before was of another 
 CALM_MS = 60_000.0  # and after so long without one, all is forgiven
 LATENCY_MARGIN, BYTES_MARGIN = 0.85, 0.9
 GAIN_AGREEMENT, GAIN_RATIO = 0.005, 0.1
-BACK_OFF_MS = 300.0  # how long a lighter candidate must have been better
-STEP_RATIO = 2.0  # how much heavier the next candidate may be, where a lighter one gains as well
-CEILING_RATIO = 0.8  # of the bytes of a frame that a move was taken back for: less is tried again before
-CEILING_HOLDS = 8  # for so many holds
 PROBE_RATIO = 4.0  # how much better a link may be than it is known to be
 
 
@@ -55,9 +49,7 @@ class Decision:
     since_ns: int
     wished_ns: int | None = None  # since when another has been better all the time
     hold_ms: float = HOLD_MS
-    risen_ns: int | None = None  # when the last move to something heavier was made
-    ceiling: float = math.inf  # bytes of a frame that have lately been too many
-    ceiling_ns: int = 0  # until when they count as such
+    risen_ns: int | None = None  # when the last move was made that no limit forced
 
 
 def plan(
@@ -100,13 +92,10 @@ def plan(
     if levels[best] < levels[here]:
         target = safe if tight[safe] < levels[here] else best
         reason, why = _forced(tables, said, here, target, levels, known, objective, budget_ms, limits)
-        return _taken_back(_decide(tables, said, target, levels, limits, reason, why, now_ns), current, now_ns)
-    # The way back from an outage has been waited for already; after a long one nothing is left to regret.
-    long = now_ns - current.since_ns >= OUTAGE_MS * 1e6
-    back = current.rung == RUNGS[LOCAL] and limits.sends
-    if back and long:
-        current = replace(current, ceiling=math.inf, ceiling_ns=0, hold_ms=HOLD_MS)
-    safe = _next(said, tight, here, int(levels[here]), safe, objective, current, now_ns)
+        soon = current.risen_ns is not None and now_ns - current.risen_ns < REGRET_MS * 1e6
+        hold_ms = min(MAX_HOLD_MS, 2 * current.hold_ms) if soon else current.hold_ms
+        decided = _decide(tables, said, target, levels, limits, reason, why, now_ns)
+        return replace(decided, hold_ms=hold_ms)
     hold_ms = current.hold_ms
     if now_ns - (current.risen_ns or current.since_ns) > CALM_MS * 1e6:
         hold_ms = HOLD_MS
@@ -114,62 +103,23 @@ def plan(
         _decide(tables, said, here, levels, limits, current.reason, current.why, current.since_ns),
         hold_ms=hold_ms,
         risen_ns=current.risen_ns,
-        ceiling=current.ceiling,
-        ceiling_ns=current.ceiling_ns,
     )
     if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
         return stays
     wished_ns = now_ns if current.wished_ns is None else current.wished_ns
-    returns = back and (long or hold_ms <= HOLD_MS)
-    lighter = said.frame_bytes[safe] < said.frame_bytes[here]
-    if now_ns - wished_ns < (BACK_OFF_MS if lighter else hold_ms) * 1e6 and not returns:
+    # The way back from an outage has been waited for already; after a long one nothing is left to regret.
+    long = now_ns - current.since_ns >= OUTAGE_MS * 1e6
+    returns = current.rung == RUNGS[LOCAL] and limits.sends and (long or hold_ms <= HOLD_MS)
+    if returns and long:
+        hold_ms = HOLD_MS
+    if now_ns - wished_ns < hold_ms * 1e6 and not returns:
         return replace(stays, wished_ns=wished_ns)
     why = (
         f"{_change(tables.candidates[here], tables.candidates[safe])}: "
         f"{_figures(safe, said, known, objective, budget_ms)}, {_figures(here, said, known, None, budget_ms)} before"
     )
     decided = _decide(tables, said, safe, levels, limits, "better", why, now_ns)
-    if lighter:
-        return _taken_back(decided, current, now_ns)
-    return replace(decided, hold_ms=hold_ms, risen_ns=now_ns, ceiling=current.ceiling, ceiling_ns=current.ceiling_ns)
-
-
-def _taken_back(decided: Decision, current: Decision, now_ns: int) -> Decision:
-    """A move to something lighter: soon after one to something heavier, that was one too many, and is remembered."""
-    if current.risen_ns is None or now_ns - current.risen_ns >= REGRET_MS * 1e6:
-        return replace(decided, hold_ms=current.hold_ms, ceiling=current.ceiling, ceiling_ns=current.ceiling_ns)
-    hold_ms = min(MAX_HOLD_MS, 2 * current.hold_ms)
-    before = current.ceiling if now_ns < current.ceiling_ns else math.inf
-    ceiling = min(before, current.frame_bytes) if current.frame_bytes > 0 else before
-    return replace(
-        decided,
-        hold_ms=hold_ms,
-        risen_ns=current.risen_ns,
-        ceiling=ceiling,
-        ceiling_ns=now_ns + round(CEILING_HOLDS * hold_ms * 1e6),
-    )
-
-
-def _next(
-    said: Predictions,
-    tight: Levels,
-    here: int,
-    level: int,
-    safe: int,
-    objective: Objective,
-    current: Decision,
-    now_ns: int,
-) -> int:
-    """Where to go from here, towards `safe`: not where it was too much lately, and in small steps where there are."""
-    if now_ns < current.ceiling_ns:
-        tight = np.where(said.frame_bytes > CEILING_RATIO * current.ceiling, np.int64(FORBIDDEN), tight)
-        safe = _best(said, tight, objective)
-        safe = here if tight[safe] == FORBIDDEN else safe
-    if not 0 < STEP_RATIO * said.frame_bytes[here] < said.frame_bytes[safe]:
-        return safe
-    near = np.where(said.frame_bytes > STEP_RATIO * said.frame_bytes[here], np.int64(FORBIDDEN), tight)
-    step = _best(said, near, objective)
-    return step if near[step] <= level and _gains(said, here, step, level, objective) else safe
+    return replace(decided, hold_ms=hold_ms, risen_ns=now_ns)
 
 
 def probe(

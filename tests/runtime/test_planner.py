@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -217,29 +216,9 @@ def test_constant_knowledge_never_flaps(objective: Objective, first: float, then
         if after.since_ns != decided.since_ns:
             moves.append((decided.index, after.index))
         decided = after
-    assert len(moves) <= 9, "one that a limit forces, then steps of twice the bytes"
-    seen = [here for here, _ in moves[:1]] + [there for _, there in moves]
-    assert len(set(seen)) == len(seen), "never back to where it was"
-
-
-def test_what_was_too_much_is_not_tried_again_soon_nor_more_than_twice_the_bytes_at_once() -> None:
-    objective = Objective(latency_p95_ms=900)
-    narrow, wide = known(4_000, fps=15.0), known(1e6, fps=15.0)
-    decided = fresh(TABLES, narrow, objective)
-    now_ns, path = 0, [decided]
-    for _ in range(4):  # the link looks wide, and proves narrow
-        for estimates, ticks in ((wide, 12), (narrow, 3)):
-            for _ in range(ticks):
-                now_ns += SECOND // 4
-                after = plan(TABLES, estimates, objective, now_ns, decided, budget_ms=BUDGET_MS)
-                if after.index != decided.index:
-                    path.append(after)
-                decided = after
-    rises = [(low, high) for low, high in itertools.pairwise(path) if high.frame_bytes > low.frame_bytes]
-    assert rises
-    assert max(high.frame_bytes / low.frame_bytes for low, high in rises) <= 2.0
-    first = max(high.frame_bytes for _, high in rises[:2])
-    assert all(high.frame_bytes < first for _, high in rises[2:])
+    assert len(moves) <= 2
+    assert len({there for _, there in moves}) == len(moves)
+    assert all(here != there for here, there in moves)
 
 
 @given(objectives, goodputs)
