@@ -107,10 +107,9 @@ def plan(
     if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
         return stays
     wished_ns = now_ns if current.wished_ns is None else current.wished_ns
-    # The way back from an outage has been waited for already; after a long one nothing is left to regret.
-    long = now_ns - current.since_ns >= OUTAGE_MS * 1e6
-    returns = current.rung == RUNGS[LOCAL] and limits.sends and (long or hold_ms <= HOLD_MS)
-    if returns and long:
+    # The way back from an outage, short as it was, has been waited for; after a long one nothing is left to regret.
+    returns = current.rung == RUNGS[LOCAL] and limits.sends
+    if returns and now_ns - current.since_ns >= OUTAGE_MS * 1e6:
         hold_ms = HOLD_MS
     if now_ns - wished_ns < hold_ms * 1e6 and not returns:
         return replace(stays, wished_ns=wished_ns)

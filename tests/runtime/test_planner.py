@@ -265,6 +265,15 @@ def test_a_better_link_is_believed_after_a_while_and_a_regret_makes_it_longer() 
     assert decided.hold_ms == 1000.0
 
 
+def test_the_way_back_from_an_outage_is_taken_at_once_however_much_was_regretted() -> None:
+    objective = Objective(latency_p95_ms=900)
+    away = fresh(TABLES, known(1e5), objective, Limits(rung="local variant only", sends=False))
+    assert away.candidate.way is None
+    regretted = replace(away, hold_ms=16_000.0, since_ns=0)
+    after = plan(TABLES, known(1e5), objective, SECOND, regretted, budget_ms=BUDGET_MS)
+    assert after.candidate.way is not None
+
+
 def test_a_rung_leaves_less() -> None:
     decided = fresh(TABLES, known(1e6), Objective())
     lost = Limits("local variant only", "nothing has come back for 2.3 s", sends=False)
