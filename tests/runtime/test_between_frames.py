@@ -41,6 +41,7 @@ from runtime.references import Source, cost
 from runtime.reply import Reply
 from runtime.topics import Subtree
 from runtime.uplink import Sent, Uplink
+from tests.patience import until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 CODEC = "transform"
@@ -152,19 +153,13 @@ class Sender:
         self.uplink: Uplink[int] = Uplink(self.link, CAM, bundle, on_reply=self._note, **fields)
         self.sent: list[Sent[int]] = []
         self.link.start()
-        self._until(lambda: self.link.connected)
+        until(lambda: self.link.connected)
 
     def _note(self, sent: Sent[int], said: Reply | str) -> None:
         with self._changed:
             assert sent.context not in self.said, "answered twice"
             self.said[sent.context] = said
             self._changed.notify_all()
-
-    def _until(self, happened: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
-        while not happened():
-            assert time.monotonic() < end, "nothing happens"
-            time.sleep(0.002)
 
     def send(self, features: Features, budget_ms: int = 20_000, **more: Any) -> Sent[int] | str:
         now_ns = time.monotonic_ns()
@@ -651,13 +646,6 @@ def test_a_pool_of_nodes_answers_every_frame(
     missed = sender.counters.total("references_missed_total")
     assert 2 <= missed <= 12
     assert all(node.counters.total("replies_total") > 20 for node in nodes)
-
-
-def until(happened: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "nothing happens"
-        time.sleep(0.01)
 
 
 def test_another_way_begins_anew_and_one_frame_aside_changes_nothing(bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,7 @@ from runtime.config import CameraConfig
 from runtime.counters import Counters
 from runtime.errors import CameraError, ConfigError
 from runtime.shared_frames import PLACES, Failed, Laid, Reader, Writer
-
-
-def until(holds: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
+from tests.patience import until
 
 
 def workers() -> list[psutil.Process]:

@@ -21,6 +21,7 @@ from runtime.capture import Capture
 from runtime.config import CameraConfig
 from runtime.counters import Counters
 from runtime.datatypes import Frame
+from tests.patience import until
 
 SERVER = Path(__file__).parent.parent / "rtsp_server.py"
 NEEDED = "import gi; gi.require_version('GstRtspServer', '1.0'); gi.require_version('Gst', '1.0')"
@@ -83,13 +84,6 @@ def begin(rtsp: RtspCamera) -> Iterator[Callable[..., tuple[Capture, Counters]]]
     yield start
     for capture in made:
         capture.close()
-
-
-def until(holds: Callable[[], object], timeout_s: float = 40.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def wait_for_frame(capture: Capture) -> Frame:

@@ -17,6 +17,7 @@ from runtime.config import CameraConfig
 from runtime.counters import Counters
 from runtime.datatypes import Frame
 from runtime.errors import CameraError, ConfigError
+from tests.patience import until
 
 
 @pytest.fixture
@@ -41,13 +42,6 @@ def begin() -> Iterator[Callable[..., tuple[Capture, Counters, threading.Event]]
     for capture in made:
         capture.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kinflow-capture")]
-
-
-def until(holds: Callable[[], object], timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def take_all(capture: Capture, wake: threading.Event, pause_s: float = 0.0) -> list[Frame]:

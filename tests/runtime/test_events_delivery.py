@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.lamp_bundle import as_lamp, pictures
+from tests.patience import until
 
 TIMEOUT_S = 60
 
@@ -72,13 +73,6 @@ class Program:
     def _read(self, pipe: Any, put: Callable[[str], None]) -> None:
         for line in pipe:
             put(line)
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def more(program: Program, lines: int) -> None:

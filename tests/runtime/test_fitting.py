@@ -22,6 +22,7 @@ from runtime.manifest import Bundle
 from runtime.plan_rates import Way
 from runtime.topics import Subtree, publish_bytes
 from runtime.uplink import Sent, Uplink
+from tests.patience import until
 
 SELF = Subtree("home", "d", "cam")
 FRAME = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
@@ -104,9 +105,7 @@ def test_a_real_brokers_limit_steps_the_rate_down_before_anything_is_sent(
     )
     for one in (listener, link):
         one.start()
-        end_s = time.monotonic() + 10
-        while not one.connected and time.monotonic() < end_s:
-            time.sleep(0.01)
+        until(lambda one=one: one.connected)  # type: ignore[misc]
     now_ns = time.monotonic_ns()
     sent = uplink.send(Features(0, FRAME), "x", born_ns=now_ns, deadline_ns=now_ns + 10**10)
     assert isinstance(sent, Sent)
@@ -124,9 +123,7 @@ def test_where_even_the_smallest_rate_is_too_large_the_reason_is_oversize(
         link, SELF, bundle, codec="jpeg:90", cut=0, max_in_flight=4, counters=counters, on_reply=lambda sent, said: None
     )
     link.start()
-    end_s = time.monotonic() + 10
-    while not link.connected and time.monotonic() < end_s:
-        time.sleep(0.01)
+    until(lambda: link.connected)
     now_ns = time.monotonic_ns()
     features = Features(0, FRAME)
     assert uplink.send(features, "x", born_ns=now_ns, deadline_ns=now_ns + 10**10) == "oversize"
@@ -142,9 +139,7 @@ def test_one_frame_that_was_too_large_costs_later_ones_their_rate_for_a_while_on
         link, SELF, bundle, codec="jpeg:90", cut=0, max_in_flight=1, counters=counters, on_reply=lambda sent, said: None
     )
     link.start()
-    end_s = time.monotonic() + 10
-    while not link.connected and time.monotonic() < end_s:
-        time.sleep(0.01)
+    until(lambda: link.connected)
 
     def way_of(frame: np.ndarray) -> Way:
         now_ns = time.monotonic_ns()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +14,7 @@ from runtime.datatypes import Dropped, Result
 from runtime.device import Device
 from runtime.link import open_link
 from runtime.node import Node
+from tests.patience import until
 
 
 def test_answers_about_a_frozen_picture_say_so_and_cost_no_link(
@@ -55,9 +55,7 @@ def test_answers_about_a_frozen_picture_say_so_and_cost_no_link(
         timer.start()
         device.run(stop)
         timer.cancel()
-    end_s = time.monotonic() + 5
-    while b"frozen" not in statuses and time.monotonic() < end_s:
-        time.sleep(0.01)
+    until(lambda: b"frozen" in statuses)
     listener.close()
     results = [line for line in lines if isinstance(line, Result)]
     frozen = [result for result in results if result.degraded == "frozen"]

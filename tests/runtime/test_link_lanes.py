@@ -16,18 +16,10 @@ from runtime.link import Lane
 from runtime.link_mqtt import MqttLink
 from runtime.scenario import Outage, Phase, Scenario, Way
 from runtime.shaper import Shaper
+from tests.patience import until
 
 OPEN, SLOW = Way(), Way(rate=125_000, delay_s=0.04)
 BEAT = "kinflow/v1/home/d/porch/beat"
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def phases(*ways: Way | Outage) -> Scenario:
@@ -56,7 +48,7 @@ def connect() -> Iterator[Callable[..., MqttLink]]:
         if hear is not None:
             link.subscribe(*hear)
         link.start()
-        assert until(lambda: link.connected)
+        until(lambda: link.connected)
         return link
 
     yield open_one
@@ -77,7 +69,7 @@ def test_on_a_slow_link_an_event_overtakes_features_and_these_overtake_statistic
         for number in range(30):
             assert link.publish(f"feature/{number}", bytes(20_000))
         assert link.publish("event", b"x", qos=1, lane=Lane.EVENTS)
-        assert until(lambda: len(order) == 41)
+        until(lambda: len(order) == 41)
         link.close()
     # What was in the kernel's and the shaper's queues when the event came cannot be overtaken: 150 KB at most.
     assert order.index("event") <= 11
@@ -100,11 +92,11 @@ def test_of_the_results_that_wait_only_the_newest_goes(mosquitto: Any, connect: 
             assert link.publish("result", bytes([sent % 250]) * 20_000, lane=Lane.RESULTS, then=ends.append)
             sent += 1
         enter(shaper, 2)
-        assert until(lambda: len(ends) == sent)
+        until(lambda: len(ends) == sent)
         assert (
             ends.count("replaced") == counters.snapshot()['link_dropped_total{lane="results",reason="replaced"}'] == 1
         )
-        assert until(lambda: len(heard) == sent - 1)
+        until(lambda: len(heard) == sent - 1)
         assert heard[-1] == (sent - 1) % 250
         link.close()
 
@@ -121,10 +113,10 @@ def test_what_is_late_is_dropped_and_not_sent(mosquitto: Any, connect: Callable[
             assert link.publish(f"f/{number}", bytes(20_000), expires_ns=soon_ns, then=ends.append)
         assert link.publish("late already", b"", expires_ns=time.monotonic_ns()) == 0
         assert counters.snapshot()['link_refused_total{reason="late"}'] == 1
-        assert until(lambda: ends.count("late") > 20), "while nothing moves, too"
+        until(lambda: ends.count("late") > 20, what="while nothing moves, too")
         enter(shaper, 2)
-        assert until(lambda: len(ends) == 60)
-        assert until(lambda: len(heard) == ends.count(""))
+        until(lambda: len(ends) == 60)
+        until(lambda: len(heard) == ends.count(""))
         assert counters.snapshot()['link_dropped_total{lane="features",reason="late"}'] == ends.count("late")
         assert heard == [f"f/{number}" for number in range(len(heard))]
         link.close()
@@ -164,10 +156,10 @@ def test_each_message_that_was_taken_ends_once_whatever_happens(
         assert not one.is_alive()
     if how == "kill":
         mosquitto.kill()
-        assert until(lambda: not link.connected)
+        until(lambda: not link.connected)
     else:
         mosquitto.resume()
-        assert until(lambda: len(ends) == sum(map(len, taken)))
+        until(lambda: len(ends) == sum(map(len, taken)))
         link.close()
     assert sorted(number for number, _ in ends) == sorted(number for one in taken for number in one)
     ill = [end for _, end in ends if end not in ("", "unheard")]
@@ -182,16 +174,16 @@ def test_a_half_open_connection_is_given_up_and_made_anew(
     with Shaper((mosquitto.host, mosquitto.port), phases(OPEN, "silent", OPEN)) as shaper, caplog.at_level("INFO"):
         link = connect(shaper.address, counters, heartbeat_s=0.5, beat=BEAT, hear=("a", lambda *_: None))
         enter(shaper, 1)
-        assert until(lambda: not link.connected)
+        until(lambda: not link.connected)
         assert counters.snapshot()['link_disconnects_total{reason="half-open"}'] == 1
         assert counters.snapshot()["link_beats_total"] == 1
         assert "is half-open: 1 s of silence, a heartbeat included" in caplog.text
         tried = 'link_disconnects_total{reason="silent"}'
-        assert until(lambda: counters.snapshot().get(tried, 0) >= 1)
+        until(lambda: counters.snapshot().get(tried, 0) >= 1)
         assert not link.connected
         before = counters.snapshot()[tried]
         enter(shaper, 2)
-        assert until(lambda: link.connected)
+        until(lambda: link.connected)
         assert counters.snapshot()[tried] - before <= 2, "one of the next attempts gets in"
         assert "is it an MQTT broker" not in caplog.text
         assert caplog.text.count("by MQTT 5") == 2
@@ -225,7 +217,7 @@ def test_a_slow_link_that_is_full_is_not_taken_for_half_open(mosquitto: Any, con
             assert link.publish("feature", bytes(300_000))
         ended: list[str] = []
         assert link.publish("feature", b"x", then=ended.append)
-        assert until(lambda: ended == [""])
+        until(lambda: ended == [""])
         assert counters.snapshot()["link_beats_total"] >= 1, "nothing is heard for long"
         assert counters.total("link_disconnects_total") == 0
         link.close()

@@ -19,6 +19,7 @@ from runtime.counters import Counters
 from runtime.errors import ConfigError
 from runtime.link import Lane
 from runtime.link_mqtt import MqttLink
+from tests.patience import until
 
 
 class Inbox:
@@ -27,15 +28,6 @@ class Inbox:
 
     def __call__(self, topic: str, payload: bytes) -> None:
         self.messages.append((topic, payload))
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.fixture
@@ -59,10 +51,10 @@ def test_a_message_reaches_the_other_end(mosquitto: Any, connect: Callable[..., 
     receiver.subscribe("a/+/c", inbox)
     receiver.start()
     sender.start()
-    assert until(lambda: receiver.connected and sender.connected)
+    until(lambda: receiver.connected and sender.connected)
     assert sender.publish("a/b/c", b"payload", lane=Lane.EVENTS) == 1 + 1 + 2 + 5 + 1 + 7
     assert sender.publish("a/b/d", b"elsewhere", qos=1) > 0
-    assert until(lambda: inbox.messages)
+    until(lambda: inbox.messages)
     assert inbox.messages == [("a/b/c", b"payload")]
 
 
@@ -74,14 +66,14 @@ def test_everything_comes_back_after_the_broker_was_killed(mosquitto: Any, conne
     receiver.on_connect(lambda: connects.append(1))
     receiver.start()
     sender.start()
-    assert until(lambda: receiver.connected and sender.connected)
+    until(lambda: receiver.connected and sender.connected)
     mosquitto.kill()
-    assert until(lambda: not receiver.connected and not sender.connected)
+    until(lambda: not receiver.connected and not sender.connected)
     assert sender.publish("a", b"lost") == 0
     mosquitto.restart()
-    assert until(lambda: receiver.connected and sender.connected)
+    until(lambda: receiver.connected and sender.connected)
     assert sender.publish("a", b"back") > 0
-    assert until(lambda: inbox.messages)
+    until(lambda: inbox.messages)
     assert inbox.messages == [("a", b"back")]
     assert len(connects) == 2
     assert counters.snapshot()["link_connects_total"] == 2
@@ -98,10 +90,10 @@ def test_a_failing_handler_does_not_end_the_link(mosquitto: Any, connect: Callab
     link.subscribe("a", fail)
     link.subscribe("a", inbox)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     for _ in range(3):
         link.publish("a", b"x")
-    assert until(lambda: len(inbox.messages) == 3)
+    until(lambda: len(inbox.messages) == 3)
     assert counters.snapshot()["link_callback_errors_total"] == 3
 
 
@@ -113,7 +105,7 @@ def test_what_waits_for_the_broker_is_bounded(
     counters = Counters()
     link = connect(mosquitto, counters=counters, max_unsent_messages=messages, max_unsent_bytes=size_bytes)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     mosquitto.pause()
     start = time.monotonic()
     sent = [link.publish("a", bytes(500_000)) > 0 for _ in range(100)]
@@ -123,7 +115,7 @@ def test_what_waits_for_the_broker_is_bounded(
     assert sent.count(True) <= messages + 30
     assert counters.snapshot()['link_refused_total{reason="full"}'] == sent.count(False)
     mosquitto.resume()
-    assert until(lambda: link.publish("a", b"x") > 0)
+    until(lambda: link.publish("a", b"x") > 0)
 
 
 def test_a_slow_handler_does_not_hold_up_a_publisher(mosquitto: Any, connect: Callable[..., MqttLink]) -> None:
@@ -136,7 +128,7 @@ def test_a_slow_handler_does_not_hold_up_a_publisher(mosquitto: Any, connect: Ca
 
     link.subscribe("a", dawdle)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     link.publish("a", b"x")
     assert busy.wait(10)
     start = time.monotonic()
@@ -152,7 +144,7 @@ def test_publishing_from_several_threads_neither_hangs_nor_mixes(
     link = connect(mosquitto, max_unsent_messages=10_000)
     link.subscribe("many/+", inbox)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
 
     def publish(number: int) -> None:
         for index in range(200):
@@ -164,7 +156,7 @@ def test_publishing_from_several_threads_neither_hangs_nor_mixes(
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-    assert until(lambda: len(inbox.messages) == 800)
+    until(lambda: len(inbox.messages) == 800)
     assert all(set(payload) == {int(topic[-1])} for topic, payload in inbox.messages)
 
 
@@ -175,7 +167,7 @@ def test_a_payload_over_the_brokers_limit_is_refused_before_it_is_sent(
     broker = start_mosquitto("")
     link = connect(broker, counters=counters)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     # The shipped mosquitto.conf allows 10 MB, and says so in CONNACK.
     link_bytes = 11 * 1024 * 1024
     assert link.publish("a", bytes(link_bytes)) == 0
@@ -189,7 +181,7 @@ def test_the_will_is_left_when_a_client_vanishes(mosquitto: Any, connect: Callab
     watcher = connect(mosquitto, "watcher")
     watcher.subscribe("will/+", inbox)
     watcher.start()
-    assert until(lambda: watcher.connected)
+    until(lambda: watcher.connected)
     code = (
         "import sys, time\n"
         "from runtime.config import BrokerConfig\nfrom runtime.counters import Counters\n"
@@ -204,7 +196,7 @@ def test_the_will_is_left_when_a_client_vanishes(mosquitto: Any, connect: Callab
         assert ghost.stdout is not None
         assert ghost.stdout.readline() == b"up\n"
         ghost.kill()
-    assert until(lambda: inbox.messages)
+    until(lambda: inbox.messages)
     assert inbox.messages == [("will/ghost", b"gone")]
 
 
@@ -219,9 +211,9 @@ def test_a_broker_without_mqtt_5_is_spoken_to_in_3_1_1(
             link = connect(broker)
             link.subscribe("a", inbox)
             link.start()
-            assert until(lambda: link.connected, 20)
+            until(lambda: link.connected, 20)
             assert link.publish("a", b"x") == 1 + 1 + 2 + 1 + 1
-            assert until(lambda: inbox.messages)
+            until(lambda: inbox.messages)
         finally:
             process.terminate()
 
@@ -295,7 +287,7 @@ def test_a_message_on_a_topic_that_is_no_text_does_not_end_the_link(
     link = connect(impostor(CONNACK, suback + wrong + right), counters=counters, version="3.1.1")
     link.subscribe("a", inbox)
     link.start()
-    assert until(lambda: inbox.messages == [("a", bytes([7]))])
+    until(lambda: inbox.messages == [("a", bytes([7]))])
     assert link.connected
     assert counters.snapshot()["link_callback_errors_total"] == 1
 
@@ -307,7 +299,7 @@ def test_whoever_hangs_up_is_named_and_counted(
     server = impostor(b"HTTP/1.1 400 Bad Request\r\n\r\n", hang_up=True)
     link = connect(server, counters=counters)
     link.start()
-    assert until(lambda: counters.total("link_disconnects_total") >= 2)
+    until(lambda: counters.total("link_disconnects_total") >= 2)
     assert not link.connected
     assert "is it an MQTT broker, and does it want TLS?" in caplog.text
 
@@ -319,7 +311,7 @@ def test_a_refused_subscription_is_no_connection(
     link = connect(impostor(CONNACK, bytes([0x90, 3, 0, 1, 0x80])), counters=counters, version="3.1.1")
     link.subscribe("a", Inbox())
     link.start()
-    assert until(lambda: counters.total("link_subscribe_refused_total"))
+    until(lambda: counters.total("link_subscribe_refused_total"))
     assert not link.connected
     assert "look at its ACL" in caplog.text
 
@@ -331,7 +323,7 @@ def test_two_clients_with_one_id_are_told_and_do_not_storm_the_broker(
     twins = [connect(mosquitto, "twin", counters=counters) for _ in range(2)]
     for twin in twins:
         twin.start()
-    assert until(lambda: "does another client use its id?" in caplog.text)
+    until(lambda: "does another client use its id?" in caplog.text)
     time.sleep(3)
     assert counters.snapshot()["link_connects_total"] < 12
 
@@ -384,10 +376,10 @@ def test_a_connection_that_dies_under_a_publisher_lets_go_of_a_handler_that_wait
     link = connect(SimpleNamespace(host="127.0.0.1", port=server.getsockname()[1]), version="3.1.1", heartbeat_s=0)
     link.subscribe("a", handle)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     assert link.publish("b", bytes(8_000_000)), "more than the sockets hold, so a part of it waits to be written"
     threading.Thread(target=publish, daemon=True).start()
-    assert until(lambda: sorted(done) == ["handler", "publisher"], 3)
+    until(lambda: sorted(done) == ["handler", "publisher"], 3)
     server.close()
 
 
@@ -407,5 +399,5 @@ def test_how_long_a_connection_lived_is_counted_from_when_it_stood(connect: Call
     threading.Thread(target=serve, daemon=True).start()
     link = connect(SimpleNamespace(host="127.0.0.1", port=server.getsockname()[1]), counters=counters, version="3.1.1")
     link.start()
-    assert until(lambda: counters.snapshot().get('link_disconnects_total{reason="lost"}') == 3)
-    assert until(lambda: counters.snapshot().get('link_disconnects_total{reason="short"}'), 2)
+    until(lambda: counters.snapshot().get('link_disconnects_total{reason="lost"}') == 3)
+    until(lambda: counters.snapshot().get('link_disconnects_total{reason="short"}'), 2)

@@ -2,22 +2,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.link import Lane, open_link
 from runtime.metered import MeteredLink
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
+from tests.patience import until
 
 
 def test_what_is_taken_is_counted_by_its_lane_and_what_is_refused_is_not() -> None:
@@ -40,17 +31,17 @@ def test_what_is_dropped_before_any_of_it_is_written_was_not_carried(mosquitto: 
     broker = BrokerConfig(host=mosquitto.host, port=mosquitto.port, heartbeat_s=0, version="3.1.1")
     link = MeteredLink(open_link(broker, client_id="device", counters=counters), counters)
     link.start()
-    assert until(lambda: link.connected)
+    until(lambda: link.connected)
     mosquitto.pause()
     assert link.publish("feature", bytes(8_000_000)), "more than the sockets hold"
     costs = {link.publish("result", bytes(600), lane=Lane.RESULTS, then=told.append) for _ in range(9)}
-    assert until(lambda: told == ["replaced"] * 8)
+    until(lambda: told == ["replaced"] * 8)
     assert {link.beside} == costs
     soon_ns = time.monotonic_ns() + 300_000_000
     assert link.publish("stats", bytes(600), lane=Lane.STATS, expires_ns=soon_ns, then=told.append)
-    assert until(lambda: told[8:] == ["late"])
+    until(lambda: told[8:] == ["late"])
     assert {link.beside} == costs
     mosquitto.resume()
-    assert until(lambda: told[9:] == [""])
+    until(lambda: told[9:] == [""])
     assert {link.beside} == costs
     link.close()

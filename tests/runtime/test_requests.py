@@ -24,6 +24,7 @@ from runtime.node import Node
 from runtime.packet import Kind, Packet
 from runtime.requests import Pace, Request
 from runtime.topics import Subtree
+from tests.patience import until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 MS = 1_000_000
@@ -102,13 +103,6 @@ def packet_payload(shape: tuple[int, ...]) -> bytes:
 
     spec = CutSpec(after="", tensor="", shape=shape, dtype="uint8")
     return RawCodec(spec).encode(np.zeros((1, *shape), np.uint8))
-
-
-def until(truth: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 10
-    while not truth() and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert truth()
 
 
 def test_the_budget_that_is_left_travels_and_is_less_at_each_hop(

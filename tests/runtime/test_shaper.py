@@ -5,12 +5,13 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from runtime.scenario import Outage, Phase, Scenario, Way
 from runtime.shaper import MAX_CONNECTIONS, Shaper
+from tests.patience import until
 
 OPEN = Way()
 
@@ -67,13 +68,6 @@ def read(sock: socket.socket, count: int) -> bytes:
     while len(found) < count and (data := sock.recv(65536)):
         found += data
     return found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

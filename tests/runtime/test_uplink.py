@@ -24,6 +24,7 @@ from runtime.packet import Kind, Packet
 from runtime.reply import Reply
 from runtime.topics import Subtree, publish_bytes
 from runtime.uplink import Sent, Uplink
+from tests.patience import until
 
 SELF = Subtree("home", "d", "cam")
 FEATURES = Features(1, np.random.default_rng(0).integers(0, 256, (1, 4, 8, 8), np.uint8))
@@ -232,9 +233,7 @@ def test_a_frame_that_the_link_refuses_is_not_waited_for(
     )
     link.start()
     try:
-        deadline = time.monotonic() + 10
-        while not link.connected and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: link.connected)
         now_ns = time.monotonic_ns()
         assert uplink.send(FEATURES, "one", born_ns=now_ns, deadline_ns=now_ns + SECOND_NS) == "link"
         assert len(uplink) == 0
