@@ -102,6 +102,9 @@ class EventsConfig(_Struct, frozen=True):
     store_bytes: Positive = 4 * 1024 * 1024
     store_s: Seconds = 86_400.0  # older ones are lost, and counted
     drain_per_second: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 20.0  # of events that had to wait
+    # What the broker confirmed so long ago or less is sent again after a lost connection: a broker that dies forgets
+    # what it has confirmed and not passed on yet. 0: nothing is.
+    resend_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 30.0
 
 
 class DeviceConfig(_Struct, frozen=True):

@@ -1,4 +1,5 @@
-"""Events on their way to the broker: numbered, kept until it has confirmed them, in memory and, by choice, on disk.
+"""Events on their way to the broker: numbered, kept until it has confirmed them and a little longer, in memory and, by
+choice, on disk.
 
 The rim around `outbox` and `spool`. Safe to call from any thread; the letters leave on that of whoever finds them due,
 one at a time, and no lock is held while the link is called but the one that says who sends.
@@ -62,7 +63,13 @@ class Forwarding:
         self._sending = threading.Lock()  # held by whoever hands letters to the link
         self._asked = False  # there may be more to send than whoever holds it has seen
         self._settled = threading.Condition()  # guards what follows
-        limits = Limits(config.store_messages, config.store_bytes, int(config.store_s * 1e9), config.drain_per_second)
+        limits = Limits(
+            config.store_messages,
+            config.store_bytes,
+            age_ns=int(config.store_s * 1e9),
+            per_second=config.drain_per_second,
+            resend_ns=int(config.resend_s * 1e9),
+        )
         self._outbox = Outbox(limits, self._left)
         self._gone: list[int] = []  # numbers that are to leave the file
         self._stored = 0  # as counted last
@@ -92,7 +99,10 @@ class Forwarding:
     def connected(self) -> None:
         """The link is there (again)."""
         with self._settled:
-            self._outbox.connected()
+            again = self._outbox.connected()
+            self._count()
+        if again:
+            self._counters.add("events_resent_total", again)
         self._drain()
 
     def tend(self) -> None:

@@ -1,10 +1,11 @@
 """What has to reach a broker and waits for it: in order, bounded in number, bytes and age. Pure: times are given.
 
-A letter stays until the broker has confirmed it. Few are on their way at once, and one that comes back unconfirmed
+A letter waits until the broker has confirmed it. Few are on their way at once, and one that comes back unconfirmed
 keeps its place, so the order holds, and what was confirmed without our hearing of it goes out twice: receivers drop
-what they have seen (`inbox`). Where the broker says that nobody listens, one letter at a time asks again, more and
-more rarely. What could not go at once is late, and late letters go at a limited rate (a token bucket), so that the end
-of an outage is no flood.
+what they have seen (`inbox`). A broker may die between its word and its deed, so a letter is kept for some seconds after
+it was confirmed, and goes again, in its place, after a lost connection. Where the broker says that nobody listens, one
+letter at a time asks again, more and more rarely. What could not go at once is late, and late letters go at a limited
+rate (a token bucket), so that the end of an outage is no flood.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ WINDOW = 8  # letters on their way at once
 REFUSED = "refused by the broker"  # the word for one that it will not have
 UNHEARD = "unheard"  # the word for a letter that the broker took and had nobody to give to
 PAUSE_MIN_NS, PAUSE_MAX_NS = 1_000_000_000, 30_000_000_000  # between two letters that ask whether anybody listens
+TURN_NS = 1_000_000_000  # between two looks at what is due; without a connection nobody looks
 BURST_S = 0.5  # what a rest adds up to at most: late letters of so many seconds go at once
 
 
@@ -44,13 +46,14 @@ class Limits:
     size_bytes: int
     age_ns: int  # since it was put
     per_second: float
+    resend_ns: int = 0  # a confirmed letter is kept for so long, of time with a connection, and goes again after it
 
 
 class Outbox:
     """Letters in order. Each leaves once, by `left(letter, why)`: "" when it was confirmed, else why it was lost.
 
     It holds no more than its limits allow, and at most WINDOW letters beside them, which were pushed out while they
-    were on their way: they are lost only if they come back.
+    were on their way: they are lost only if they come back. Letters that were confirmed make room first.
     """
 
     def __init__(self, limits: Limits, left: Callable[[Letter, str], None]) -> None:
@@ -59,6 +62,11 @@ class Outbox:
         self._store: OrderedDict[int, Letter] = OrderedDict()  # by number, rising; those on their way among them
         self._under_way: dict[int, Letter] = {}
         self._size_bytes = 0
+        self._kept: OrderedDict[int, tuple[Letter, int]] = OrderedDict()  # confirmed, and when by `_clock_ns`
+        self._kept_bytes = 0
+        self._again: set[int] = set()  # numbers in the store that have been confirmed before
+        self._clock_ns = 0  # stands still while nobody takes, as without a connection
+        self._looked_ns: int | None = None
         self._last = 0  # the highest number put so far
         self._late = 0  # letters up to this number are late
         self._asking = True  # whether one letter goes alone until it is confirmed
@@ -72,8 +80,13 @@ class Outbox:
 
     @property
     def size_bytes(self) -> int:
-        """Of all letters in the store."""
+        """Of all letters that wait."""
         return self._size_bytes
+
+    @property
+    def kept(self) -> int:
+        """Letters that were confirmed, and would go again after a lost connection."""
+        return len(self._kept)
 
     @property
     def under_way(self) -> int:
@@ -95,18 +108,29 @@ class Outbox:
             return
         self._store[letter.number] = letter
         self._size_bytes += letter.size_bytes
-        while len(self._store) > self._limits.messages or self._size_bytes > self._limits.size_bytes:
-            self._lose(next(iter(self._store)), "full")
+        self._bound()
 
-    def connected(self) -> None:
-        """There is a new connection: all that waits is late, and one letter asks first whether anybody listens."""
+    def connected(self) -> int:
+        """There is a new connection: all that waits is late, and one letter asks first whether anybody listens.
+
+        Returns:
+            How many letters wait again that had been confirmed.
+        """
+        again = {number: letter for number, (letter, _) in self._kept.items()}
+        self._again |= again.keys()
+        self._store = OrderedDict(sorted((again | self._store).items()))
+        self._size_bytes += self._kept_bytes
+        self._kept.clear()
+        self._kept_bytes = 0
         self._late = self._last
         self._asking = True
         self._pause_ns = self._retry_ns = 0
+        return len(again)
 
     def take(self, now_ns: int) -> Letter | None:
         """The next letter to send now, which is then on its way until it is settled; None: not yet, or none is left."""
         self.expire(now_ns)
+        self._forget(now_ns)
         if now_ns < self._retry_ns or len(self._under_way) >= (1 if self._asking else WINDOW):
             return None
         letter = self._first()
@@ -119,7 +143,7 @@ class Outbox:
         """Take the word on a letter: "" confirms it, UNHEARD or any other puts it back in its place.
 
         Returns:
-            Whether a late letter was confirmed.
+            Whether a late letter was confirmed, for the first time.
         """
         letter = self._under_way.pop(number, None)
         if letter is None:
@@ -129,8 +153,13 @@ class Outbox:
             self._pause_ns = self._retry_ns = 0
             if self._store.pop(number, None) is not None:
                 self._size_bytes -= letter.size_bytes
-            self._left(letter, "")
-            return number <= self._late
+            first = number not in self._again
+            self._again.discard(number)
+            self._kept[number] = letter, self._clock_ns
+            self._kept_bytes += letter.size_bytes
+            self._forget(now_ns)
+            self._bound()
+            return first and number <= self._late
         if word in (UNHEARD, REFUSED):
             self._late = self._last
             if now_ns >= self._retry_ns:  # not the rest of a window whose first letter has told it already
@@ -139,7 +168,7 @@ class Outbox:
         self._late = max(self._late, number)
         self._asking = True
         if number not in self._store:
-            self._left(letter, "full")
+            self._leave(letter, "full")
         return False
 
     def expire(self, now_ns: int) -> None:
@@ -154,12 +183,14 @@ class Outbox:
 
     def give_up(self, reason: str) -> None:
         """Lose all that is left, on its way or not."""
+        while self._kept:
+            self._let_go()
         rest = self._under_way | self._store
         self._store.clear()
         self._under_way.clear()
         self._size_bytes = 0
         for number in sorted(rest):
-            self._left(rest[number], reason)
+            self._leave(rest[number], reason)
 
     def _first(self) -> Letter | None:
         """The oldest letter that is not on its way; at most WINDOW older ones are."""
@@ -169,7 +200,35 @@ class Outbox:
         letter = self._store.pop(number)
         self._size_bytes -= letter.size_bytes
         if number not in self._under_way:
-            self._left(letter, reason)
+            self._leave(letter, reason)
+
+    def _leave(self, letter: Letter, reason: str) -> None:
+        """A letter leaves unconfirmed; if it was confirmed before, it has probably arrived, and is not called lost."""
+        self._left(letter, "" if letter.number in self._again else reason)
+        self._again.discard(letter.number)
+
+    def _bound(self) -> None:
+        """Make room until all that is held is within the limits."""
+        most, most_bytes = self._limits.messages, self._limits.size_bytes
+        while len(self._store) + len(self._kept) > most or self._size_bytes + self._kept_bytes > most_bytes:
+            if self._kept:
+                self._let_go()
+            else:
+                self._lose(next(iter(self._store)), "full")
+
+    def _forget(self, now_ns: int) -> None:
+        """Let go of what was confirmed long ago."""
+        if self._looked_ns is not None:
+            self._clock_ns += min(now_ns - self._looked_ns, TURN_NS)
+        self._looked_ns = now_ns
+        while self._kept and self._clock_ns - next(iter(self._kept.values()))[1] >= self._limits.resend_ns:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of the letter that was confirmed first."""
+        _, (letter, _) = self._kept.popitem(last=False)
+        self._kept_bytes -= letter.size_bytes
+        self._left(letter, "")
 
     def _may(self, now_ns: int) -> bool:
         """Whether a late letter may go; takes its token."""

@@ -167,7 +167,7 @@ def test_events_on_disk_outlive_the_run_and_go_first(
         one.tell(3)
         one.forwarding.close()
     assert one.count("events_stored") == 6
-    last = run("c", store=store)
+    last = run("c", store=store, resend_s=0)
     last.tell(2)
     last.link.start()
     assert numbers(heard) == [*((session, number) for session in "ab" for number in (1, 2, 3)), ("c", 1), ("c", 2)]
@@ -283,7 +283,7 @@ def test_a_damaged_row_is_counted_and_forgotten_and_the_others_go(
     data = path.read_bytes()
     assert data.count(is_there) == 3
     path.write_bytes(data.replace(is_there, comes, 1))
-    other = run("b", store=str(path))
+    other = run("b", store=str(path), resend_s=0)
     other.tell()
     other.link.start()
     other.forwarding.tend()
