@@ -2,10 +2,10 @@
 
 A letter waits until the broker has confirmed it. Few are on their way at once, and one that comes back unconfirmed
 keeps its place, so the order holds, and what was confirmed without our hearing of it goes out twice: receivers drop
-what they have seen (`inbox`). A broker may die between its word and its deed, so a letter is kept for some seconds after
-it was confirmed, and goes again, in its place, after a lost connection. Where the broker says that nobody listens, one
-letter at a time asks again, more and more rarely. What could not go at once is late, and late letters go at a limited
-rate (a token bucket), so that the end of an outage is no flood.
+what they have seen (`inbox`). A broker may die between its word and its deed, so a letter is kept for some seconds
+after it was confirmed, and goes again, in its place, after a lost connection. Where the broker says that nobody
+listens, one letter at a time asks again, more and more rarely. What could not go at once is late, and late letters go
+at a limited rate (a token bucket), so that the end of an outage is no flood.
 """
 
 from __future__ import annotations
