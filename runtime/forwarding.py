@@ -23,8 +23,8 @@ from runtime.config import EventsConfig
 from runtime.counters import Counters
 from runtime.events import Event
 from runtime.link import Lane, Link
-from runtime.outbox import UNHEARD, Letter, Limits, Outbox
-from runtime.topics import report
+from runtime.outbox import OVERSIZE, UNHEARD, Letter, Limits, Outbox
+from runtime.topics import publish_bytes, report
 
 if TYPE_CHECKING:
     from runtime.spool import Spool
@@ -37,6 +37,7 @@ TIDY_ROWS = 256  # or so many
 LOST = {
     "full": "what waits is over store_messages or store_bytes; the oldest go first",
     "old": "they have waited for longer than store_s",
+    OVERSIZE: "they are larger than the broker takes; raise max_packet_size in mosquitto.conf",
 }
 
 
@@ -154,6 +155,10 @@ class Forwarding:
     def _publish(self, letter: Letter) -> bool:
         then = partial(self._settle, letter.number)
         told = stamped(letter, time.monotonic_ns())
+        most = self._link.max_packet_bytes
+        if most is not None and publish_bytes(letter.topic, len(told), qos=1) > most:
+            self._settle(letter.number, OVERSIZE)
+            return True
         accepted = self._link.publish(letter.topic, told, qos=1, lane=Lane.EVENTS, then=then) > 0
         if not accepted:
             self._settle(letter.number, "refused")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 WINDOW = 8  # letters on their way at once
 REFUSED = "refused by the broker"  # the word for one that it will not have
+OVERSIZE = "oversize"  # the word for one that is larger than the broker takes: it is lost, as it will not shrink
 UNHEARD = "unheard"  # the word for a letter that the broker took and had nobody to give to
 PAUSE_MIN_NS, PAUSE_MAX_NS = 1_000_000_000, 30_000_000_000  # between two letters that ask whether anybody listens
 TURN_NS = 1_000_000_000  # between two looks at what is due; without a connection nobody looks
@@ -140,7 +141,7 @@ class Outbox:
         return letter
 
     def settle(self, number: int, word: str, now_ns: int) -> bool:
-        """Take the word on a letter: "" confirms it, UNHEARD or any other puts it back in its place.
+        """Take the word on a letter: "" confirms it, OVERSIZE loses it, any other puts it back in its place.
 
         Returns:
             Whether a late letter was confirmed, for the first time.
@@ -160,6 +161,11 @@ class Outbox:
             self._forget(now_ns)
             self._bound()
             return first and number <= self._late
+        if word == OVERSIZE:
+            if self._store.pop(number, None) is not None:
+                self._size_bytes -= letter.size_bytes
+            self._leave(letter, OVERSIZE)
+            return False
         if word in (UNHEARD, REFUSED):
             self._late = self._last
             if now_ns >= self._retry_ns:  # not the rest of a window whose first letter has told it already

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,6 +26,7 @@ from runtime.inbox import Inbox
 from runtime.link_mqtt import MqttLink
 from runtime.outbox import Letter, Limits, Outbox
 from runtime.spool import Spool, boot_id
+from tests.patience import until
 
 S = 1_000_000_000
 KEEP_S = 30
@@ -164,10 +164,10 @@ class Board:
         self.link.start()
         self._tending.start()
 
-    def tell(self, count: int) -> None:
+    def tell(self, count: int, label: str = "lamp") -> None:
         for _ in range(count):
             self._told += 1
-            told = Event(f"id-{self._told}", "new", "porch", self._told, "lamp", 0.9, 0.9, None, 10.0)
+            told = Event(f"id-{self._told}", "new", "porch", self._told, label, 0.9, 0.9, None, 10.0)
             self.forwarding.send(told, TOPIC, 0)
 
     def close(self) -> None:
@@ -207,13 +207,6 @@ class Slow:
 
     def _hear(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         self.heard.append(json.loads(message.payload)["sequence"])
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -264,3 +257,21 @@ def test_what_was_confirmed_lately_outlives_the_device_on_disk(
     one.close()
     with closing(Spool(tmp_path / "events.db", boot_id())) as spool:
         assert [letter.number for letter in spool.load(0)] == [1, 2, 3]
+
+
+def test_an_event_larger_than_the_broker_takes_is_dropped_at_once_and_holds_up_nothing(
+    start_mosquitto: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = start_mosquitto("max_packet_size 1000\n")
+    consumer = Slow(broker.port, slow=False)
+    one = Board(broker.port)
+    until(lambda: one.link.connected)
+    one.tell(1)
+    one.tell(2, "lamp" * 500)
+    one.tell(1)
+    until(lambda: consumer.heard == [1, 4])
+    until(lambda: one.counters.snapshot()["events_stored"] == 0)
+    one.close()
+    consumer.close()
+    assert one.counters.snapshot()['events_lost_total{reason="oversize"}'] == 2
+    assert caplog.text.count("raise max_packet_size") == 1
