@@ -67,6 +67,7 @@ class Mosquitto:
     def __init__(self, binary: str, directory: Path, extra_config: str = "") -> None:
         self.host = "127.0.0.1"
         self.port = _free_port()
+        self.address = (self.host, self.port)
         self._config = directory / "mosquitto.conf"
         self._log = directory / "mosquitto.log"
         shipped = BROKER_CONFIG.read_text("utf-8")

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,8 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime import cascade, manifest
 from runtime.camera_replay import ReplayCamera
 from runtime.config import BrokerConfig, CameraConfig
+from runtime.counters import Counters
 from runtime.datatypes import ExitOutput, Features
 from runtime.device import Device
+from runtime.link import Handler
+from runtime.link_mqtt import MqttLink
 from runtime.manifest import (
     CodecSpec,
     CutSpec,
@@ -37,6 +41,7 @@ from runtime.node import Node
 from runtime.policy import ExitPolicy
 from runtime.preprocess import prepare
 from runtime.segment import load_segments
+from tests.patience import until
 
 CLASSES = 5
 RAW = CodecSpec(name="raw", rates=(RateSpec(parameter=0),))
@@ -249,6 +254,39 @@ def _serving(tier: Device | Node) -> Iterator[None]:
 def serving() -> Callable[[Device | Node], contextlib.AbstractContextManager[None]]:
     """Runs a device or a node in a thread for as long as a `with` lasts."""
     return _serving
+
+
+@pytest.fixture
+def make_link() -> Iterator[Callable[..., MqttLink]]:
+    """A function that makes a link to whatever has an `address`; what else it is given are the broker's settings."""
+    links: list[MqttLink] = []
+
+    def make(
+        server: Any, name: str = "one", *, counters: Counters | None = None, beat: str | None = None, **settings: Any
+    ) -> MqttLink:
+        config = BrokerConfig(host=server.address[0], port=server.address[1], **settings)
+        will = (f"will/{name}", b"gone")
+        links.append(MqttLink(config, client_id=name, will=will, counters=counters or Counters(), beat=beat))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.close()
+
+
+@pytest.fixture
+def connect(make_link: Callable[..., MqttLink]) -> Callable[..., MqttLink]:
+    """A function that makes a link as `make_link` does, with a subscription to `hear`, and connects it."""
+
+    def open_one(server: Any, name: str = "one", *, hear: tuple[str, Handler] | None = None, **more: Any) -> MqttLink:
+        link = make_link(server, name, **more)
+        if hear is not None:
+            link.subscribe(*hear)
+        link.start()
+        until(lambda: link.connected)
+        return link
+
+    return open_one
 
 
 @pytest.fixture

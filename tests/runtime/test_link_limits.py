@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.link import Lane
 from runtime.link_mqtt import MqttLink
@@ -28,9 +27,8 @@ class Recorder:
     """Accepts one client of MQTT 5, keeps every PUBLISH as it came, and confirms only when told."""
 
     def __init__(self, properties: bytes) -> None:
-        self.host = "127.0.0.1"
-        self._listener = socket.create_server((self.host, 0))
-        self.port: int = self._listener.getsockname()[1]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
         self.packets: list[bytes] = []
         self._connack = bytes([0x20, 3 + len(properties), 0, 0, len(properties)]) + properties
         self._connection: socket.socket | None = None
@@ -81,27 +79,6 @@ def recorder() -> Iterator[Callable[..., Recorder]]:
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def connect() -> Iterator[Callable[..., MqttLink]]:
-    links: list[MqttLink] = []
-
-    def open_one(broker: Any, *, counters: Counters | None = None, name: str = "one", **settings: Any) -> MqttLink:
-        hear, beat = settings.pop("hear", None), settings.pop("beat", None)
-        config = BrokerConfig(host=broker.host, port=broker.port, **settings)
-        will = (f"will/{name}", b"gone")
-        link = MqttLink(config, client_id=name, will=will, counters=counters or Counters(), beat=beat)
-        links.append(link)
-        if hear is not None:
-            link.subscribe(*hear)
-        link.start()
-        until(lambda: link.connected)
-        return link
-
-    yield open_one
-    for link in links:
-        link.close()
 
 
 @pytest.mark.parametrize("lane", Lane)
