@@ -7,16 +7,15 @@ looked at. `mqtt_outgoing` has what goes out, `reconnect` when to try again, `he
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import select
-import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from paho.mqtt.client import Client, DisconnectFlags, MQTTMessage, topic_matches_sub
 from paho.mqtt.enums import MQTTErrorCode
@@ -26,12 +25,14 @@ from paho.mqtt.reasoncodes import ReasonCode
 from runtime.config import BrokerConfig
 from runtime.counters import Counters
 from runtime.credentials import read_password, tls_context
+from runtime.dialing import Dialer, UnansweredError
 from runtime.heartbeat import Heartbeat
 from runtime.link import Handler, Lane, Then
 from runtime.mqtt_client import MqttClient, abort, progress
 from runtime.mqtt_limits import Limits, limits
 from runtime.mqtt_outgoing import OK, Outgoing
-from runtime.reconnect import SILENT_S, Outcome, Pauses, Versions, outcome_of
+from runtime.reconnect import Outcome, Pauses, Versions, outcome_of
+from runtime.self_pipe import SelfPipe
 from runtime.topics import without_share
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class MqttLink:
         self._actions: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name=f"kinflow-link-{client_id}", daemon=True)
         self._closing = threading.Event()
-        self._waker: socket.socket | None = None
-        self._woken: socket.socket | None = None
+        self._dialer = Dialer(broker.host, broker.port, self._tls, self._closing)
+        self._pipe = SelfPipe()
         self._out = Outgoing(broker, counters, self._guard)
         # What follows belongs to the link's thread.
         self._versions = Versions(broker.version)
@@ -103,8 +104,6 @@ class MqttLink:
 
     def start(self) -> None:
         """Begin to connect; returns at once. A link is started once."""
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
         self._thread.start()
 
     def publish(
@@ -131,12 +130,10 @@ class MqttLink:
         while self.connected and self._out.waiting and time.monotonic() < end:
             time.sleep(0.01)
         self._closing.set()
-        self._wake()
+        self._pipe.wake()
         if self._thread.is_alive():
-            self._thread.join(DRAIN_S + 2 * max(SILENT_S) + LOOP_S)
-        for end_of_pair in (self._waker, self._woken):
-            if end_of_pair is not None:
-                end_of_pair.close()
+            self._thread.join(DRAIN_S + LOOP_S)
+        self._pipe.close()
 
     def _send_now(self) -> None:
         """Write what is queued on the publisher's thread: waking the link's thread for it costs more than that."""
@@ -147,12 +144,7 @@ class MqttLink:
             self._out.write(client)
         # The socket is full, or speaks TLS, where only one thread may touch it.
         if client is not None and self._out.wants_write(client):
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waker is not None:
-            with contextlib.suppress(OSError):  # full, so it is awake; or closed, so it is over
-                self._waker.send(b"x")
+            self._pipe.wake()
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -175,20 +167,25 @@ class MqttLink:
     def _serve(self, client: Client) -> Outcome:
         """Connect and stay until the connection ends."""
         self._answer, self._told = "", ""
-        patience_s = client.connect_timeout = self._pauses.patience_s
+        answer_s = self._pauses.answer_s
         try:
             client.connect(self._broker.host, self._broker.port, self._broker.keepalive_s)
+        except UnansweredError:
+            self._report(f"no word of TLS from {self._where}: is the broker well?", "silent")
+            return Outcome.UNANSWERED
         except TimeoutError:
             self._report(f"no answer from {self._where}: is the network up, and the broker's machine on?", "silent")
             return Outcome.SILENT
         except (OSError, ValueError) as error:
+            if self._closing.is_set():
+                return Outcome.LOST
             self._report(f"cannot reach the broker at {self._where}: {error}", "unreachable")
             return outcome_of(error)
         self._heard_s = time.monotonic()
         result, silent, half_open = OK, False, False
         while not (self._closing.is_set() or silent or half_open or result != OK):
             result = self._turn(client)
-            silent = not self.connected and time.monotonic() - self._heard_s > patience_s
+            silent = not self.connected and time.monotonic() - self._heard_s > answer_s
             half_open = result == OK and self.connected and not self._alive(client)
         if self._closing.is_set():
             client.disconnect()
@@ -207,7 +204,7 @@ class MqttLink:
         if silent:
             self._versions.silent()
             self._report(f"no word from {self._where}: is the network up, and is the broker well?", "silent")
-            return Outcome.SILENT
+            return Outcome.UNANSWERED
         if self._answer == "accepted":
             self._versions.lost()
             if half_open:
@@ -223,16 +220,17 @@ class MqttLink:
     def _turn(self, client: Client) -> MQTTErrorCode:
         """Wait for the socket or a wake-up, then read, write and keep alive."""
         sock = client.socket()
-        if sock is None or self._woken is None:
+        if sock is None:
             return MQTTErrorCode.MQTT_ERR_NO_CONN
         buffered = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
         try:
+            watched: list[Any] = [sock, self._pipe]
             wanted = [sock] if self._out.wants_write(client) else []
-            readable, _, _ = select.select([sock, self._woken], wanted, [], 0 if buffered else LOOP_S)
+            readable, _, _ = select.select(watched, wanted, [], 0 if buffered else LOOP_S)
         except (OSError, ValueError):  # a writer found the connection gone and closed it
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
-        if self._woken in readable:
-            self._woken.recv(4096)
+        if self._pipe in readable:
+            self._pipe.drain()
         if buffered or sock in readable:
             result = client.loop_read()
             self._heard_s = time.monotonic()
@@ -264,7 +262,8 @@ class MqttLink:
         self._problem = problem
 
     def _new_client(self) -> Client:
-        client = MqttClient(self._client_id, self._versions.now, self._out.confirm)
+        dial = partial(self._dialer.dial, self._pauses.patience_s, self._pauses.answer_s)
+        client = MqttClient(self._client_id, self._versions.now, self._out.confirm, dial)
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
         if self._tls is not None:

@@ -26,20 +26,37 @@ TCP_INFO_BYTES_ACKED = 120  # offset in Linux's struct tcp_info, since 4.1
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: what is unsent is thrown away, and the other end is told
 
 
-class MqttClient(Client):
+class DialedClient(Client):
+    """paho's, on a connection that `dial` makes: paho's own waits for a name server for as long as that likes."""
+
+    def __init__(self, dial: Callable[[], socket.socket], **options: Any) -> None:
+        super().__init__(CallbackAPIVersion.VERSION2, **options)
+        self._dial = dial
+
+    def _create_socket(self) -> Any:
+        return self._dial()
+
+
+class MqttClient(DialedClient):
     """paho's, which tells of confirmations only on the thread that made it.
 
     Elsewhere paho would call `on_publish` for QoS 0, and make a publisher wait for whatever handler runs just then.
     """
 
-    def __init__(self, client_id: str, version: Version, on_confirmed: Callable[[int, ReasonCode], None]) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        version: Version,
+        on_confirmed: Callable[[int, ReasonCode], None],
+        dial: Callable[[], socket.socket],
+    ) -> None:
         self._maker = threading.get_ident()
         options: dict[str, Any] = {}
         if version == "5":
             options["protocol"] = MQTTProtocolVersion.MQTTv5
         else:
             options.update(protocol=MQTTProtocolVersion.MQTTv311, clean_session=True)
-        super().__init__(CallbackAPIVersion.VERSION2, client_id=client_id, **options)
+        super().__init__(dial, client_id=client_id, **options)
         self.max_queued_messages_set(0)  # the link bounds both
         self.max_inflight_messages_set(0)
         self.on_socket_open = _set_up

@@ -2,7 +2,9 @@
 
 An attempt that ends in silence has cost the broker nothing, and the next one may be the first after an outage: so
 attempts into silence are short and follow each other closely. So do those at a machine whose broker is not there, as
-while it restarts: its kernel says so. A broker that answers, and refuses, is asked more and more rarely.
+while it restarts: its kernel says so. A broker that answers, and refuses, is asked more and more rarely. Where somebody
+takes connections and never says a word, it is a proxy before a silent link, or a broker that is slow: the longer that
+lasts, the longer each attempt waits.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from enum import Enum
 from typing import Literal
 
 SILENT_S = (2.0, 4.0)  # by turns: to be back soon, and to get in where the link is slow
+ANSWER_MAX_S = 30.0
+ANSWER_SHARE = 1 / 15  # of the time since a broker's first silence: what comes of it too late is in proportion
 SILENT_PAUSE_S = 0.1
 AWAY_PAUSE_S = 1.0
 BACKOFF_MIN_S, CLOSED_MAX_S, BACKOFF_MAX_S = 0.25, 4.0, 30.0
@@ -31,6 +35,7 @@ class Outcome(Enum):
 
     LOST = "accepted, and lost later"
     SILENT = "no answer at all"
+    UNANSWERED = "connected, and no answer"
     AWAY = "no way there: no route, or no name server"
     CLOSED = "nobody listens at the broker's port"
     REFUSED = "answered, and not accepted"
@@ -51,13 +56,19 @@ class Pauses:
 
     def __init__(self) -> None:
         self._silent = 0  # in a row
+        self._unanswered_s = 0.0  # in a row
         self._short = 0  # connections in a row that were accepted and soon lost
         self._backoff_s = BACKOFF_MIN_S
 
     @property
     def patience_s(self) -> float:
-        """How long the next attempt waits for each sign of life."""
+        """How long the next attempt waits for somebody to take the connection."""
         return SILENT_S[self._silent % len(SILENT_S)]
+
+    @property
+    def answer_s(self) -> float:
+        """How long it then waits for each sign of life."""
+        return max(self.patience_s, min(self._unanswered_s * ANSWER_SHARE, ANSWER_MAX_S))
 
     @property
     def dropped_again(self) -> bool:
@@ -66,8 +77,10 @@ class Pauses:
 
     def after(self, outcome: Outcome, lasted_s: float) -> float:
         """Seconds until the next attempt, before jitter."""
-        self._silent = self._silent + 1 if outcome is Outcome.SILENT else 0
-        if outcome is Outcome.SILENT:
+        silent = outcome in (Outcome.SILENT, Outcome.UNANSWERED)
+        self._silent = self._silent + 1 if silent else 0
+        self._unanswered_s = self._unanswered_s + lasted_s if outcome is Outcome.UNANSWERED else 0.0
+        if silent:
             return SILENT_PAUSE_S
         if outcome is Outcome.AWAY:
             return AWAY_PAUSE_S

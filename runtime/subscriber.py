@@ -11,21 +11,25 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from runtime.config import BrokerConfig
 from runtime.credentials import read_password, tls_context
+from runtime.dialing import Dialer, UnansweredError
 from runtime.errors import LinkError
+from runtime.mqtt_client import DialedClient
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+ANSWER_MIN_S, ANSWER_MAX_S = 5.0, 30.0  # twice as long after each silence
 PAUSE_MIN_S, PAUSE_MAX_S = 0.25, 5.0
 TURN_S = 0.25
 STEADY_S = 1.0  # a connection that has lived so long was a good one
@@ -57,6 +61,7 @@ class Subscriber:
         self._tls = tls_context(broker)
         self._protocol = THREE if broker.version == "3.1.1" else FIVE
         self._acknowledged = False
+        self._answer_s = ANSWER_MIN_S
         self._fatal = ""
         self._problem = ""
 
@@ -66,12 +71,13 @@ class Subscriber:
         Raises:
             LinkError: the broker refuses us, so trying again cannot help.
         """
+        dialer = Dialer(self._broker.host, self._broker.port, self._tls, stop)
         pause_s = PAUSE_MIN_S
         short = 0  # connections in a row that were accepted and soon lost
         while not stop.is_set():
             self._acknowledged = False
             start_s = time.monotonic()
-            self._serve(stop)
+            self._serve(dialer, stop)
             if self._fatal:
                 raise LinkError(self._fatal)
             if not self._acknowledged and self._broker.version == "auto":
@@ -85,9 +91,9 @@ class Subscriber:
             pause_s = PAUSE_MIN_S if good else min(pause_s * 2, PAUSE_MAX_S)
             stop.wait(pause_s * random.uniform(0.5, 1.0))
 
-    def _serve(self, stop: threading.Event) -> None:
+    def _serve(self, dialer: Dialer, stop: threading.Event) -> None:
         """Connect once, and stay until the connection ends."""
-        client = self._client()
+        client = self._client(dialer)
         given: dict[str, Any] = {}
         if self._protocol == FIVE:
             kept = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -95,15 +101,21 @@ class Subscriber:
             given = {"clean_start": self._keep_s == 0, "properties": kept}
         try:
             client.connect(self._broker.host, self._broker.port, self._broker.keepalive_s, **given)
+        except UnansweredError:
+            self._unanswered()
+            return
         except (OSError, ValueError) as error:
+            if stop.is_set():
+                return
             self._say(f"cannot reach the broker at {self._where}: {error}")
             return
-        end_s = time.monotonic() + CONNECT_TIMEOUT_S
+        end_s = time.monotonic() + self._answer_s
         while not stop.is_set() and not self._fatal:
             if client.loop(TURN_S) != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
             if not self._acknowledged and time.monotonic() > end_s:
-                break
+                self._unanswered()
+                return
         if stop.is_set() or self._fatal:
             client.disconnect()
             client.loop(0)
@@ -112,10 +124,14 @@ class Subscriber:
         else:
             self._say(f"{self._where} takes no CONNECT; is it an MQTT broker, and does it want TLS?")
 
-    def _client(self) -> Client:
+    def _unanswered(self) -> None:
+        self._say(f"{self._where} does not answer within {self._answer_s:g} s; is the broker well?")
+        self._answer_s = min(2 * self._answer_s, ANSWER_MAX_S)
+
+    def _client(self, dialer: Dialer) -> Client:
         options: dict[str, Any] = {} if self._protocol == FIVE else {"clean_session": self._keep_s == 0}
-        client = Client(CallbackAPIVersion.VERSION2, client_id=self._name, protocol=self._protocol, **options)
-        client.connect_timeout = CONNECT_TIMEOUT_S
+        dial = partial(dialer.dial, CONNECT_TIMEOUT_S, self._answer_s)
+        client = DialedClient(dial, client_id=self._name, protocol=self._protocol, **options)
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
         if self._tls is not None:
@@ -130,6 +146,7 @@ class Subscriber:
     ) -> None:
         if not reason.is_failure:
             self._acknowledged = True
+            self._answer_s = ANSWER_MIN_S
             client.subscribe(self._filter, qos=1)
         elif "protocol" not in str(reason).lower():
             self._fatal = f"the broker at {self._where} refuses us: {reason}; give its password by --config"

@@ -49,6 +49,7 @@ LAYERS = (
         "link",
         "credentials",
         *("send_queue", "heartbeat", "reconnect", "mqtt_client", "mqtt_limits", "mqtt_outgoing", "metered"),
+        *("dialing", "self_pipe"),
     },
     {
         "cascade",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.reconnect import BACKOFF_MAX_S, CLOSED_MAX_S, SILENT_S, Outcome, Pauses, Versions, outcome_of
+from runtime.reconnect import ANSWER_MAX_S, BACKOFF_MAX_S, CLOSED_MAX_S, SILENT_S, Outcome, Pauses, Versions, outcome_of
 
 
 def test_after_any_silence_the_next_attempt_is_soon() -> None:
@@ -25,6 +25,26 @@ def test_after_any_silence_the_next_attempt_is_soon() -> None:
     )
     assert max(late - early for early, late in itertools.pairwise(sent)) <= 2.0 + 1e-6
     assert {patience_s for _, patience_s in attempts} == set(SILENT_S)
+
+
+@pytest.mark.parametrize("takes_s", [1.0, 3.0, 6.0, 12.0, 29.0])
+def test_a_broker_that_is_slow_to_answer_gets_its_devices(takes_s: float) -> None:
+    pauses = Pauses()
+    at_s = 0.0
+    while (waits_s := pauses.answer_s) <= takes_s:
+        assert waits_s <= max(*SILENT_S, at_s / 15), "what comes of an outage's end is in proportion to it"
+        at_s += waits_s + pauses.after(Outcome.UNANSWERED, waits_s)
+    assert at_s < 16 * takes_s + 2 * max(SILENT_S)
+    assert pauses.patience_s in SILENT_S, "to find a machine at all takes no longer for that"
+
+
+@given(st.lists(st.tuples(st.sampled_from(Outcome), st.floats(0, 1000)), max_size=60))
+def test_no_attempt_waits_for_longer_than_the_longest(ends: list[tuple[Outcome, float]]) -> None:
+    pauses = Pauses()
+    for outcome, lasted_s in ends:
+        pauses.after(outcome, lasted_s)
+        assert pauses.patience_s <= pauses.answer_s <= ANSWER_MAX_S
+        assert outcome is Outcome.UNANSWERED or pauses.answer_s in SILENT_S
 
 
 def test_refusals_are_asked_more_and_more_rarely() -> None:
