@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -92,6 +93,21 @@ def recipe(net: str, photos: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def exported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Exported]:
+    """A function that exports a recipe, once for all tests that ask for it. Who changes the bundle works on a copy."""
+    made: list[tuple[Recipe, Exported]] = []
+
+    def find_or_export(recipe: Recipe) -> Exported:
+        for known, bundle in made:
+            if known == recipe:
+                return bundle
+        made.append((recipe, export(recipe, tmp_path_factory.mktemp("bundles") / "bundle", Report(silent=True))))
+        return made[-1][1]
+
+    return find_or_export
+
+
+@pytest.fixture(scope="session")
+def exported(recipe: Recipe, bundle_of: Callable[[Recipe], Exported]) -> Exported:
     """An int8 bundle of the small network. Tests that change it work on a copy."""
-    return export(recipe, tmp_path_factory.mktemp("bundles") / "plain", Report(silent=True))
+    return bundle_of(recipe)

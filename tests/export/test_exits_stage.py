@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,9 +107,9 @@ def test_frames_unlike_any_known_are_held_back(answering: Exported) -> None:
 
 @pytest.mark.parametrize("target", [None, "x86-vnni"])
 def test_own_exits_get_a_guard_beside_their_own_logits(
-    recipe: Recipe, net: str, tmp_path: Path, target: str | None
+    recipe: Recipe, net: str, bundle_of: Callable[[Recipe], Exported], target: str | None
 ) -> None:
-    made = export(replace(recipe, model=f"{net}:with_exits", target=target), tmp_path / "own", SILENT)
+    made = bundle_of(replace(recipe, model=f"{net}:with_exits", target=target))
     for spec in made.bundle.manifest.exits[:-1]:
         assert spec.kind == "the model's own exit"
         assert spec.distance_limit is not None
@@ -117,10 +118,10 @@ def test_own_exits_get_a_guard_beside_their_own_logits(
 
 
 def test_own_exits_of_a_quantized_bundle_are_quantized_and_answer_as_the_float_ones(
-    recipe: Recipe, net: str, tmp_path: Path
+    recipe: Recipe, net: str, bundle_of: Callable[[Recipe], Exported]
 ) -> None:
     opened = open_model(f"{net}:with_exits", replace(Recipe("", ())).input, SILENT)
-    made = export(replace(recipe, model=f"{net}:with_exits", target="x86-vnni"), tmp_path / "own", SILENT).bundle
+    made = bundle_of(replace(recipe, model=f"{net}:with_exits", target="x86-vnni")).bundle
     frames = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
     whole = ort.InferenceSession(opened.simplified.whole.SerializeToString())
     seen = see(made, frames)
@@ -133,17 +134,17 @@ def test_own_exits_of_a_quantized_bundle_are_quantized_and_answer_as_the_float_o
 
 @pytest.mark.parametrize("target", [None, "x86-vnni"])
 def test_a_branch_is_the_trunks_next_layers_and_a_head(
-    recipe: Recipe, net: str, tmp_path: Path, target: str | None
+    recipe: Recipe, bundle_of: Callable[[Recipe], Exported], target: str | None
 ) -> None:
     branch = replace(recipe, heads="branch", target=target, cuts=("1",))
-    made = export(branch, tmp_path / "branch", SILENT)
+    made = bundle_of(branch)
     spec = made.bundle.manifest.exits[0]
     assert "spreads behind" in spec.kind
     head = onnx.load(made.bundle.path / (spec.file or ""))
     assert any(node.op_type == "Conv" for node in head.graph.node)
-    linear = export(replace(branch, heads="linear"), tmp_path / "linear", SILENT)
-    assert linear.bundle.manifest.exits[0].kind == "linear on means"
-    assert spec.macs > linear.bundle.manifest.exits[0].macs
+    (linear, _) = bundle_of(replace(recipe, heads="linear", cuts=("1",))).bundle.manifest.exits
+    assert linear.kind == "linear on means"
+    assert spec.macs > linear.macs
 
 
 def test_labels_give_accuracies_and_change_nothing_else(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def test_the_same_recipe_gives_the_same_bundle(exported: Exported, recipe: Recip
     assert again.bundle.id == exported.bundle.id
 
 
-def test_float_segments_give_the_whole_models_logits(recipe: Recipe, tmp_path: Path) -> None:
-    made = export(replace(recipe, target=None), tmp_path / "float", SILENT)
+def test_float_segments_give_the_whole_models_logits(recipe: Recipe, bundle_of: Callable[[Recipe], Exported]) -> None:
+    made = bundle_of(replace(recipe, target=None))
     manifest = made.bundle.manifest
     assert manifest.proof["parity_max_difference"] <= 1e-5
     assert manifest.proof["logit_cosine"] == pytest.approx(1)
@@ -63,14 +64,14 @@ def test_float_segments_give_the_whole_models_logits(recipe: Recipe, tmp_path: P
     assert verify_bundle(made.bundle.path).bit_identical
 
 
-def test_a_models_own_exits_are_kept(recipe: Recipe, net: str, tmp_path: Path) -> None:
+def test_a_models_own_exits_are_kept(recipe: Recipe, net: str, bundle_of: Callable[[Recipe], Exported]) -> None:
     import torch
 
     own = replace(recipe, model=f"{net}:with_exits", target=None)
     opened = open_model(own.model, InputOptions(), SILENT)
     chosen = choose_cuts(opened, own)
     assert [cut.after for cut in chosen] == ["stage1 0", "Add"] or len(chosen) == 2
-    made = export(own, tmp_path / "own", SILENT)
+    made = bundle_of(own)
     golden = np.load(made.bundle.path / "golden/golden.npz")
     frame = golden["frames"][:1]
     seen = replay(made.bundle, [frame])
@@ -85,8 +86,8 @@ def test_a_models_own_exits_are_kept(recipe: Recipe, net: str, tmp_path: Path) -
     assert np.allclose(seen.features[-1][0], last, atol=1e-4)
 
 
-def test_own_exits_hang_on_the_uint8_wire(recipe: Recipe, net: str, tmp_path: Path) -> None:
-    made = export(replace(recipe, model=f"{net}:with_exits"), tmp_path / "own", SILENT)
+def test_own_exits_hang_on_the_uint8_wire(recipe: Recipe, net: str, bundle_of: Callable[[Recipe], Exported]) -> None:
+    made = bundle_of(replace(recipe, model=f"{net}:with_exits"))
     head = onnx.load(made.bundle.path / "exits/1.onnx")
     assert head.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert made.bundle.manifest.proof["parity_max_difference"] == 0

@@ -23,12 +23,15 @@ def test_answers_about_a_frozen_picture_say_so_and_cost_no_link(
     memory_broker: BrokerConfig,
     serving: Callable[[Device | Node], AbstractContextManager[None]],
 ) -> None:
+    """The program shows its moving pictures once: when it is opened again it is stuck from the start."""
     program = tmp_path / "camera.py"
     program.write_text(
-        "import sys, time\n"
+        "import os, sys, time\n"
         "def show(grey):\n"
         "    sys.stdout.buffer.write(bytes([grey]) * (64 * 48 * 3)); sys.stdout.flush(); time.sleep(0.02)\n"
-        "for grey in range(40): show(grey)\n"
+        f"if not os.path.exists({str(tmp_path / 'shown')!r}):\n"
+        f"    open({str(tmp_path / 'shown')!r}, 'w').close()\n"
+        "    for grey in range(40): show(grey)\n"
         "while True: show(40)\n"
     )
     source = f"{sys.executable} {program}"
@@ -63,7 +66,7 @@ def test_answers_about_a_frozen_picture_say_so_and_cost_no_link(
     assert len(frozen) >= 5
     assert all((line.tier, line.bytes_up, line.agreement) == ("device", 0, None) for line in frozen)
     assert {line.tier for line in fresh} == {"cloud"}
-    assert min(line.frame for line in frozen) > 40
+    assert frozen[0].frame > 40
     counts = device.counters.snapshot()
     assert counts['results_degraded_total{camera="front",reason="frozen"}'] == len(frozen)
     assert [status for status in statuses if status in (b"online", b"frozen")][:2] == [b"online", b"frozen"]
