@@ -99,12 +99,13 @@ class Forwarding:
 
     def connected(self) -> None:
         """The link is there (again)."""
-        with self._settled:
-            again = self._outbox.connected()
-            self._count()
-        if again:
-            self._counters.add("events_resent_total", again)
+        self._resend(self._outbox.connected)
         self._drain()
+
+    def again(self) -> None:
+        """A consumer says that it may have missed something. Blocks for nothing; `tend` should follow soon."""
+        self._resend(self._outbox.resend)
+        self._wake()
 
     def tend(self) -> None:
         """Send what is due; to be called a few times a second."""
@@ -140,6 +141,13 @@ class Forwarding:
             if kept is not None:
                 with contextlib.suppress(OSError):
                     kept.close()
+
+    def _resend(self, choose: Callable[[], int]) -> None:
+        with self._settled:
+            again = choose()
+            self._count()
+        if again:
+            self._counters.add("events_resent_total", again)
 
     def _drain(self) -> None:
         """Hand letters to the link as long as one is due; if another thread does so already, it takes ours along."""

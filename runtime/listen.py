@@ -18,13 +18,14 @@ import msgspec
 from runtime import config, topics
 from runtime.config import NodeConfig, printable
 from runtime.errors import ConfigError
-from runtime.inbox import Inbox, Session
+from runtime.inbox import MOST_SESSIONS, Inbox, Session
 from runtime.subscriber import Subscriber
 from runtime.ui import broker_at
 
 log = logging.getLogger(__name__)
 
 DAY_S = 86_400
+ASK_PAUSE_S = 5.0  # one gap is often told by many events
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -120,7 +121,7 @@ def events_command(
         signal.signal(number, ask_to_stop)
     printer = Printer(as_json, None if seen is None else Memory(seen))
     try:
-        Subscriber(listened, name, topics.events(site, device), keep_s, printer.put).run(stop)
+        Subscriber(listened, name, topics.events(site, device), keep_s, printer.put, printer.all_again).run(stop)
     finally:
         click.echo(printer.summary(), err=True)
 
@@ -167,18 +168,19 @@ class Printer:
         self._inbox = Inbox() if memory is None else memory.inbox
         self._printed = 0
         self._again = 0
+        self._asked_s: dict[str, float] = {}  # by topic, of time.monotonic()
 
-    def put(self, topic: str, payload: bytes) -> None:
-        """A message has come."""
+    def put(self, topic: str, payload: bytes) -> str | None:
+        """A message has come. Returns the topic on which its device is to be asked for what is missing before it."""
         found = topics.report(topic)
         try:
             event = msgspec.json.decode(payload, type=Heard)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("%s: no event that this version can read: %s", printable(topic), printable(str(error)))
-            return
+            return None
         if found is None:
             log.warning("%s: no event of a device", printable(topic))
-            return
+            return None
         who = found[0].name
         taken = self._inbox.take(str(found[0]), event.session, event.sequence)
         if taken.skipped:
@@ -186,7 +188,7 @@ class Printer:
             log.warning("%s: %s missing %s", who, _plural(taken.skipped), told)
         if not taken.new:
             self._again += 1
-            return
+            return None
         self._printed += 1
         if self._as_json:
             line = msgspec.json.encode({"site": found[0].site, "device": who, **msgspec.json.decode(payload)})
@@ -196,6 +198,21 @@ class Printer:
         sys.stdout.buffer.flush()
         if self._memory is not None:
             self._memory.save()
+        return self._ask(found[0].again) if taken.skipped else None
+
+    def all_again(self) -> list[str]:
+        """The topics on which all devices that were ever heard are to be asked for what may be missing."""
+        asked = dict.fromkeys(f"{session.sender}/again" for session in self._inbox.known)
+        return [topic for topic in asked if topics.report(topic) is not None]  # a file may hold anything
+
+    def _ask(self, topic: str) -> str | None:
+        now_s = time.monotonic()
+        if now_s - self._asked_s.get(topic, -ASK_PAUSE_S) < ASK_PAUSE_S:
+            return None
+        if len(self._asked_s) == MOST_SESSIONS:
+            self._asked_s.clear()
+        self._asked_s[topic] = now_s
+        return topic
 
     def summary(self) -> str:
         """One sentence on all of it."""

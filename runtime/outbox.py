@@ -117,15 +117,21 @@ class Outbox:
         Returns:
             How many letters wait again that had been confirmed.
         """
+        again = self.resend()
+        self._late = self._last
+        self._asking = True
+        self._pause_ns = self._retry_ns = 0
+        return again
+
+    def resend(self) -> int:
+        """Let all that was confirmed and is still kept wait again. Returns how many letters that is."""
         again = {number: letter for number, (letter, _) in self._kept.items()}
         self._again |= again.keys()
         self._store = OrderedDict(sorted((again | self._store).items()))
         self._size_bytes += self._kept_bytes
         self._kept.clear()
         self._kept_bytes = 0
-        self._late = self._last
-        self._asking = True
-        self._pause_ns = self._retry_ns = 0
+        self._late = max(self._late, *again, 0)
         return len(again)
 
     def take(self, now_ns: int) -> Letter | None:

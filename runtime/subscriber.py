@@ -1,7 +1,8 @@
 """A subscriber for whom the broker keeps a session: what comes while it is away is there when it is back.
 
 A connection of its own instead of a Link, because what matters here is the other way about: messages are acknowledged
-only when they have been dealt with, and one that comes while nobody is there is kept.
+only when they have been dealt with, and one that comes while nobody is there is kept. Whoever finds that something is
+missing may ask for it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
 from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -45,17 +46,27 @@ class Subscriber:
         name: the client id.
         topic_filter: what to.
         keep_s: how long the broker keeps the session when we are away; 0: not at all.
-        hear: called with topic and payload of every message; it is acknowledged afterwards.
+        hear: called with topic and payload of every message; it is acknowledged afterwards. May return a topic to
+            which an empty message is to go.
+        anew: called when the broker has no session of ours, and may have had messages; gives such topics.
     """
 
     def __init__(
-        self, broker: BrokerConfig, name: str, topic_filter: str, keep_s: int, hear: Callable[[str, bytes], None]
+        self,
+        broker: BrokerConfig,
+        name: str,
+        topic_filter: str,
+        keep_s: int,
+        hear: Callable[[str, bytes], str | None],
+        anew: Callable[[], Iterable[str]],
     ) -> None:
         self._broker = broker
         self._name = name
         self._filter = topic_filter
         self._keep_s = keep_s
         self._hear = hear
+        self._anew = anew
+        self._session = False  # whether the broker had one of ours
         self._where = f"{broker.host}:{broker.port}"
         self._password = read_password(broker)
         self._tls = tls_context(broker)
@@ -142,10 +153,11 @@ class Subscriber:
         return client
 
     def _connected(
-        self, client: Client, userdata: object, flags: object, reason: ReasonCode, properties: Properties | None
+        self, client: Client, userdata: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         if not reason.is_failure:
             self._acknowledged = True
+            self._session = flags.session_present
             self._answer_s = ANSWER_MIN_S
             client.subscribe(self._filter, qos=1)
         elif "protocol" not in str(reason).lower():
@@ -159,9 +171,14 @@ class Subscriber:
             return
         self._problem = ""
         log.info("listening for %s at %s", self._filter, self._where)
+        if not self._session:
+            for topic in self._anew():
+                client.publish(topic, b"", qos=1)
 
     def _received(self, client: Client, userdata: object, message: MQTTMessage) -> None:
-        self._hear(message.topic, bytes(message.payload))
+        wanted = self._hear(message.topic, bytes(message.payload))
+        if wanted is not None:
+            client.publish(wanted, b"", qos=1)
 
     def _say(self, problem: str) -> None:
         # The same sentence every few seconds helps nobody.

@@ -56,6 +56,11 @@ class Subtree:
         return f"{self}/beat"
 
     @property
+    def again(self) -> str:
+        """Empty messages of consumers that may have missed events, to a device."""
+        return f"{self}/again"
+
+    @property
     def plan(self) -> str:
         """Retained JSON: how a device that plans treats frames now, and why."""
         return f"{self}/plan"

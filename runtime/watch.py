@@ -81,7 +81,9 @@ class Watch:
             follower = open_follower(kind, camera, session, times, untold) if kind is not None and enabled else None
             self._cameras[camera] = _Camera(gate, follower, InOrder())
         follows = any(camera.follower is not None for camera in self._cameras.values())
-        self._forwarding = Forwarding(config.events, link, counters, session, wake) if follows else None
+        self._forwarding = forwarding = Forwarding(config.events, link, counters, session, wake) if follows else None
+        if forwarding is not None:
+            link.subscribe(topics.again, lambda topic, payload: forwarding.again())
 
     @property
     def kept(self) -> float | None:

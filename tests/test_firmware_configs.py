@@ -207,7 +207,7 @@ def guarded_port(start_mosquitto: Any, tmp_path: Path) -> int:
     acl = tmp_path / "acl"
     acl.write_text((FOLDER / "mosquitto" / "acl").read_text("utf-8"), "utf-8")
     passwords.touch(mode=0o644)
-    for username in ("porch", "barn", "edge", "cloud", "viewer"):
+    for username in ("porch", "barn", "edge", "cloud", "events", "viewer"):
         command = ["mosquitto_passwd", "-b", str(passwords), username, f"password of {username}"]
         subprocess.run(command, check=True, capture_output=True)
     for path in (passwords, acl, tmp_path, *tmp_path.parents[:2]):
@@ -223,6 +223,7 @@ def test_the_acl_keeps_devices_apart(guarded_port: int) -> None:
         "barn": Inbox(guarded_port, [barn.replies], "barn"),
         "edge": Inbox(guarded_port, [requests("home", "d"), requests("home", "d", "pool"), node.replies], "edge"),
         "cloud": Inbox(guarded_port, [requests("home", "n"), requests("home", "d")], "cloud"),
+        "events": Inbox(guarded_port, ["kinflow/v1/home/#"], "events"),
         "viewer": Inbox(guarded_port, ["kinflow/v1/home/#"], "viewer"),
     }
     try:
@@ -236,6 +237,9 @@ def test_the_acl_keeps_devices_apart(guarded_port: int) -> None:
             ("edge", barn.replies),
             ("edge", barn.availability),  # posing as a device: refused
             ("cloud", node.replies),
+            ("porch", porch.event("cam0")),
+            ("events", porch.again),
+            ("events", porch.replies),  # asks for events, and nothing else: refused
             ("viewer", porch.replies),  # only looks: refused
             ("porch", porch.availability),
         ]:
@@ -249,12 +253,17 @@ def test_the_acl_keeps_devices_apart(guarded_port: int) -> None:
                 (node.request("01234567", 9), b"edge"),
                 (barn.replies, b"edge"),
                 (node.replies, b"cloud"),
+                (porch.event("cam0"), b"porch"),
+                (porch.again, b"events"),
                 last,
             ]
         )
         assert clients["barn"].wait_for(lambda messages: len(messages) == 1)
         assert clients["porch"].wait_for(lambda messages: last in messages)
-        assert set(clients["porch"].topics()) == {porch.request("01234567", 3), porch.availability}
+        own = {porch.request("01234567", 3), porch.event("cam0"), porch.again, porch.availability}
+        assert set(clients["porch"].topics()) == own
+        assert clients["events"].wait_for(lambda messages: len(messages) == 1)
+        assert clients["events"].topics() == [porch.event("cam0")]
         asked = {barn.request("01234567", 3), porch.request("01234567", 3)}
         assert clients["edge"].wait_for(lambda messages: len(messages) == 5)
         assert set(clients["edge"].topics()) == asked | {node.replies}

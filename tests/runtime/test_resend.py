@@ -24,14 +24,18 @@ from runtime.events import Event
 from runtime.forwarding import Forwarding
 from runtime.inbox import Inbox
 from runtime.link_mqtt import MqttLink
+from runtime.listen import Printer
 from runtime.outbox import Letter, Limits, Outbox
 from runtime.spool import Spool, boot_id
+from runtime.subscriber import Subscriber
+from runtime.topics import Subtree, events
 from tests.patience import until
 
 S = 1_000_000_000
 KEEP_S = 30
 LIMITS = Limits(messages=1000, size_bytes=1 << 20, age_ns=86_400 * S, per_second=1000, resend_ns=KEEP_S * S)
-TOPIC = "kinflow/v1/home/d/board/cam/porch/event"
+BOARD = Subtree("home", "d", "board")
+TOPIC = BOARD.event("porch")
 
 
 class Mail:
@@ -149,15 +153,15 @@ def test_whatever_a_broker_forgets_that_passes_on_in_time_everything_arrives_in_
 class Board:
     """The events of a device at a real broker."""
 
-    def __init__(self, port: int, **settings: Any) -> None:
+    def __init__(self, port: int, *, version: Any = "5", **settings: Any) -> None:
         self.counters = Counters()
-        self.link = MqttLink(
-            BrokerConfig(host="127.0.0.1", port=port), client_id="board", will=None, counters=self.counters
-        )
+        broker = BrokerConfig(host="127.0.0.1", port=port, version=version)
+        self.link = MqttLink(broker, client_id="board", will=None, counters=self.counters)
         config = EventsConfig(**({"drain_per_second": 1000.0} | settings))
         self._due = threading.Event()
         self.forwarding = Forwarding(config, self.link, self.counters, "a", self._due.set)
         self.link.on_connect(self.forwarding.connected)
+        self.link.subscribe(BOARD.again, lambda topic, payload: self.forwarding.again())
         self._told = 0
         self._ended = threading.Event()
         self._tending = threading.Thread(target=self._tend)
@@ -207,6 +211,39 @@ class Slow:
 
     def _hear(self, client: Client, userdata: object, message: MQTTMessage) -> None:
         self.heard.append(json.loads(message.payload)["sequence"])
+
+
+class Listening:
+    """`kinflow events` as it listens, with one memory over all its connections."""
+
+    def __init__(self, port: int, version: Any) -> None:
+        self._broker = BrokerConfig(host="127.0.0.1", port=port, version=version)
+        self._printer = Printer(True, None)
+        self.printed = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread()
+
+    def start(self) -> None:
+        self._stop.clear()
+        listens = threading.Event()
+
+        def anew() -> list[str]:
+            listens.set()
+            return self._printer.all_again()
+
+        def hear(topic: str, payload: bytes) -> str | None:
+            wanted = self._printer.put(topic, payload)
+            self.printed = int(self._printer.summary().split()[0])
+            return wanted
+
+        subscriber = Subscriber(self._broker, "listening", events("home"), 60, hear, anew)
+        self._thread = threading.Thread(target=subscriber.run, args=(self._stop,))
+        self._thread.start()
+        assert listens.wait(10)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 @pytest.fixture
@@ -275,3 +312,46 @@ def test_an_event_larger_than_the_broker_takes_is_dropped_at_once_and_holds_up_n
     consumer.close()
     assert one.counters.snapshot()['events_lost_total{reason="oversize"}'] == 2
     assert caplog.text.count("raise max_packet_size") == 1
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+def test_who_comes_back_after_others_asks_for_what_they_alone_have_heard(
+    mosquitto: Any, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The broker has lost all sessions; with MQTT 3.1.1 it confirms even what nobody hears."""
+    listening = Listening(mosquitto.port, version)
+    listening.start()
+    one = Board(mosquitto.port, version=version)
+    until(lambda: one.link.connected)
+    one.tell(2)
+    until(lambda: listening.printed == 2)
+    listening.stop()
+    one.tell(3)  # the broker holds them for who is away
+    until(lambda: one.counters.snapshot()["events_stored"] == 0)
+    mosquitto.kill()
+    until(lambda: not one.link.connected)
+    mosquitto.restart()
+    page = Slow(mosquitto.port, slow=False) if version == "5" else None
+    until(lambda: one.link.connected and one.counters.snapshot()["events_stored"] == 0)
+    listening.start()
+    until(lambda: listening.printed == 5)
+    listening.stop()
+    one.close()
+    if page is not None:
+        page.close()
+    lines = [json.loads(line)["sequence"] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [1, 2, 3, 4, 5]
+
+
+def test_a_consumer_that_asks_gets_again_what_was_confirmed_lately(mosquitto: Any, board: Callable[..., Board]) -> None:
+    consumer = Slow(mosquitto.port, slow=False)
+    one = board()
+    one.tell(3)
+    until(lambda: consumer.heard == [1, 2, 3])
+    until(lambda: one.counters.snapshot()["events_stored"] == 0)
+    consumer.client.publish(BOARD.again, b"", qos=1)
+    until(lambda: consumer.heard == [1, 2, 3, 1, 2, 3])
+    one.tell(1)
+    until(lambda: consumer.heard[6:] == [4])
+    consumer.close()
+    assert one.counters.snapshot()["events_resent_total"] == 3

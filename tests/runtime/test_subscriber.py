@@ -28,7 +28,7 @@ def test_a_broker_that_takes_long_to_answer_is_waited_for_longer_and_longer() ->
 
     threading.Thread(target=serve, daemon=True).start()
     broker = BrokerConfig(host="127.0.0.1", port=server.getsockname()[1], version="3.1.1")
-    subscriber = Subscriber(broker, "listener", "a/+", 60, lambda topic, payload: None)
+    subscriber = Subscriber(broker, "listener", "a/+", 60, lambda topic, payload: None, list)
     subscriber._answer_s = 0.4
     stop = threading.Event()
     running = threading.Thread(target=subscriber.run, args=(stop,))
