@@ -80,12 +80,12 @@ def test_a_loop_goes_on_counting(clip: Path) -> None:
 def test_realtime_keeps_the_clips_pace(clip: Path) -> None:
     start_ns = time.monotonic_ns()
     frames = replay(clip, realtime=True, frames=11)
-    took_s = (time.monotonic_ns() - start_ns) / 1e9
-    assert 10 / FPS <= took_s < 10 / FPS + 0.5
+    assert time.monotonic_ns() - start_ns >= 10e9 / FPS
     stamps = [frame.captured_ns for frame in frames]
     assert stamps == sorted(stamps)
     assert start_ns < stamps[0]
-    assert 0.9 * 10 / FPS <= (stamps[-1] - stamps[0]) / 1e9 < 10 / FPS + 0.3
+    assert (stamps[-1] - stamps[0]) / 1e9 >= 0.9 * 10 / FPS
+    assert np.median(np.diff(stamps)) / 1e9 == pytest.approx(1 / FPS, rel=0.3)
 
 
 def test_max_fps_leaves_frames_out(clip: Path) -> None:
@@ -94,8 +94,10 @@ def test_max_fps_leaves_frames_out(clip: Path) -> None:
 
 def test_max_fps_is_the_pace_of_a_folder(folder: Path) -> None:
     start = time.monotonic()
-    assert [frame.index for frame in replay(folder, realtime=True, max_fps=50)] == [0, 1, 2, 3, 4]
-    assert 4 / 50 <= time.monotonic() - start < 4 / 50 + 0.3
+    frames = replay(folder, realtime=True, max_fps=20)
+    assert time.monotonic() - start >= 4 / 20
+    assert [frame.index for frame in frames] == [0, 1, 2, 3, 4]
+    assert np.median(np.diff([frame.captured_ns for frame in frames])) / 1e9 == pytest.approx(1 / 20, rel=0.3)
 
 
 def test_close_ends_a_wait(folder: Path) -> None:

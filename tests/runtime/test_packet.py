@@ -115,7 +115,7 @@ def test_the_largest_payload_passes() -> None:
     assert unpack(pack(packet)) == packet
 
 
-@settings(max_examples=4000)
+@settings(max_examples=1000)
 @given(st.sampled_from([b"", b"KF\x01\x01"]), st.binary(max_size=100))
 @example(b"", b"")
 @example(b"KF", b"")
@@ -123,8 +123,15 @@ def test_random_bytes_are_refused_or_hold_their_packet(start: bytes, rest: bytes
     holds_its_own_bytes(start + rest)
 
 
-@settings(max_examples=5000)
-@given(st.sampled_from(WHOLE), st.binary(min_size=2, max_size=8))
+@pytest.mark.parametrize("whole", WHOLE, ids=len)
+def test_any_byte_of_a_header_that_is_another_is_refused_or_holds_its_packet(whole: bytes) -> None:
+    for position in range(HEADER.size):
+        for value in range(256):
+            holds_its_own_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+
+
+@settings(max_examples=1000)
+@given(st.sampled_from(WHOLE), st.binary(min_size=4, max_size=8))
 def test_flipped_bytes_are_refused_or_hold_their_packet(whole: bytes, flips: bytes) -> None:
     data = bytearray(whole)
     for position, change in zip(flips[::2], flips[1::2], strict=False):
