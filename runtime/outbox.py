@@ -125,13 +125,15 @@ class Outbox:
 
     def resend(self) -> int:
         """Let all that was confirmed and is still kept wait again. Returns how many letters that is."""
+        if not self._kept:
+            return 0
         again = {number: letter for number, (letter, _) in self._kept.items()}
         self._again |= again.keys()
         self._store = OrderedDict(sorted((again | self._store).items()))
         self._size_bytes += self._kept_bytes
         self._kept.clear()
         self._kept_bytes = 0
-        self._late = max(self._late, *again, 0)
+        self._late = max(self._late, *again)
         return len(again)
 
     def take(self, now_ns: int) -> Letter | None:

@@ -208,9 +208,14 @@ class Post(RuleBasedStateMachine):
         self.seen: set[int] = set()
         self.under_way: list[int] = []
 
-    @initialize(messages=st.integers(1, 12), size_bytes=st.integers(10, 400), age_s=st.integers(1, 20))
-    def begin(self, messages: int, size_bytes: int, age_s: int) -> None:
-        self.limits = Limits(messages, size_bytes, age_s * S, 20)
+    @initialize(
+        messages=st.integers(1, 12),
+        size_bytes=st.integers(10, 400),
+        age_s=st.integers(1, 20),
+        resend_s=st.integers(0, 9),
+    )
+    def begin(self, messages: int, size_bytes: int, age_s: int, resend_s: int) -> None:
+        self.limits = Limits(messages, size_bytes, age_s * S, 20, resend_s * S)
         self.mail = Mail(self.limits)
 
     @rule(size_bytes=st.integers(0, 60), late=st.booleans())
@@ -248,6 +253,12 @@ class Post(RuleBasedStateMachine):
         self.mail.box.connected()
 
     @rule()
+    def ask(self) -> None:
+        """A consumer may have missed something."""
+        kept = self.mail.box.kept
+        assert self.mail.box.resend() == kept
+
+    @rule()
     def end(self) -> None:
         self.mail.box.ask_now()
 
@@ -259,14 +270,14 @@ class Post(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         box = self.mail.box
-        assert len(box) <= self.limits.messages
+        assert len(box) + box.kept <= self.limits.messages
         assert box.size_bytes <= self.limits.size_bytes
         assert box.under_way == len(self.under_way) <= WINDOW
         left = [number for number, _ in self.mail.left]
         assert len(left) == len(set(left))
         delivered = {number for number, why in self.mail.left if not why}
         assert delivered <= self.seen
-        assert self.mail.put_count <= len(left) + len(box) + len(self.under_way)
+        assert self.mail.put_count <= len(left) + len(box) + box.kept + len(self.under_way)
 
     def teardown(self) -> None:
         if hasattr(self, "mail"):
