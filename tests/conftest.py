@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
-import signal
-import socket
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.broker import Mosquitto, a_free_port
+
 # Machines are shared and slow at times; how long an example takes says nothing here.
 settings.register_profile("kinflow", deadline=None)
 settings.load_profile("kinflow")
-
-ROOT = Path(__file__).parent.parent
-BROKER_CONFIG = ROOT / "firmware_configs" / "mosquitto" / "mosquitto.conf"
 
 
 class FormattingHandler(logging.Handler):
@@ -48,72 +41,10 @@ def _log_calls_fit() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that returns a TCP port of the loopback that nobody listens on."""
-    return _free_port
-
-
-class Mosquitto:
-    """A real broker that can be killed and started again on the same port."""
-
-    def __init__(self, binary: str, directory: Path, extra_config: str = "") -> None:
-        self.host = "127.0.0.1"
-        self.port = _free_port()
-        self.address = (self.host, self.port)
-        self._config = directory / "mosquitto.conf"
-        self._log = directory / "mosquitto.log"
-        shipped = BROKER_CONFIG.read_text("utf-8")
-        # The port is the only thing that differs from what users get.
-        text, replaced = re.subn(r"(?m)^listener 1883 ", f"listener {self.port} ", shipped)
-        assert replaced == 1, "mosquitto.conf must have exactly one line that begins with: listener 1883"
-        self._config.write_text(text + extra_config, "utf-8")
-        self._command = [binary, "-c", str(self._config)]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def restart(self) -> None:
-        """Start the broker, after killing it when it still runs; returns when it accepts connections."""
-        self.kill()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection((self.host, self.port), timeout=1).close()
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"mosquitto did not start: {self.log()}")
-                time.sleep(0.01)
-            else:
-                return
-
-    def pause(self) -> None:
-        """Let the broker stand still: it keeps its connections and reads nothing."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        """End the broker at once, as a power cut would."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def log(self) -> str:
-        """What the broker has logged so far."""
-        return self._log.read_text("utf-8", errors="replace")
+    return a_free_port
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +87,7 @@ class Stream:
     """
 
     def __init__(self) -> None:
-        self.port = _free_port()
+        self.port = a_free_port()
         self.url = f"http://127.0.0.1:{self.port}/stream.mjpg"
         self.sent = 0
         self.flowing = threading.Event()

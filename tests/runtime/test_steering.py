@@ -24,6 +24,7 @@ from runtime.objective import Objective
 from runtime.scenario import Scenario, parse
 from runtime.shaper import Shaper
 from runtime.topics import Subtree
+from tests.patience import until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 SHARE = {50: 0.93, 75: 0.95, 90: 0.99}
@@ -70,7 +71,7 @@ def test_a_narrow_link_steps_down_and_a_wide_one_back_up(
     direct = BrokerConfig(host=mosquitto.host, port=mosquitto.port)
     scenario: Scenario = parse(
         'seed = 1\n[link]\nrate = "8mbit"\ndelay = "20ms"\n'
-        '[[phase]]\nduration = "3s"\n[[phase]]\nduration = "5s"\nrate = "100kbit"\n[[phase]]\nduration = "60s"\n'
+        '[[phase]]\nduration = "1000s"\n[[phase]]\nduration = "1000s"\nrate = "100kbit"\n[[phase]]\nduration = "60s"\n'
     )
     watcher = Watcher(direct)
     node = Node(NodeConfig(bundle=str(bundle), broker=direct, id="box"))
@@ -79,20 +80,26 @@ def test_a_narrow_link_steps_down_and_a_wide_one_back_up(
         narrow = BrokerConfig(host=shaper.address[0], port=shaper.address[1])
         objective = Objective(latency_p95_ms=600, deepest_segment=1)
         device = Device(planning(bundle, narrow, photos, objective, early_exits=False), lines.append)
-        begin = time.monotonic()
+
+        def forty_more_lines() -> None:
+            wanted = len(lines) + 40
+            until(lambda: len(lines) >= wanted)
+
         with serving(device):
-            shaper.begin(begin)
-            time.sleep(16)
+            until(lambda: watcher.plans and watcher.plans[-1][1]["codec"] == "jpeg")
+            forty_more_lines()
+            on_wide, before = watcher.plans[-1][1], len(watcher.plans)
+            assert on_wide["codec"] == "jpeg"
+            shaper.begin(time.monotonic() - 1001)
+            until(lambda: watcher.plans[-1][1]["codec"] in ("raw", None), what="it did not step down")
+            forty_more_lines()
+            on_narrow = watcher.plans[-1][1]
+            assert on_narrow["codec"] in ("raw", None)
+            shaper.begin(time.monotonic() - 2001)
+            until(lambda: watcher.plans[-1][1]["codec"] == "jpeg", what="it did not step back up")
     watcher.close()
-    assert watcher.plans
-    by_phase = [
-        [plan for at, plan in watcher.plans if low <= at - begin < high] for low, high in ((0, 3), (3, 8), (8, 99))
-    ]
-    assert by_phase[0][-1]["codec"] == "jpeg"
-    assert by_phase[1][-1]["codec"] in ("raw", None)
-    assert by_phase[1][-1]["bytes_a_frame"] < by_phase[0][-1]["bytes_a_frame"]
-    assert " instead of " in by_phase[1][0]["why"]
-    assert by_phase[2][-1]["codec"] == "jpeg"
+    assert on_narrow["bytes_a_frame"] < on_wide["bytes_a_frame"]
+    assert " instead of " in watcher.plans[before][1]["why"]
     assert device.counters.total("planner_moves_total") >= 2
     sent = {(line.cut, line.codec) for line in lines if isinstance(line, Result) and line.degraded is None}
     assert (0, "jpeg") in sent
@@ -109,15 +116,15 @@ def test_nobody_above_then_somebody(
     config = planning(shared_bundle, memory_broker, photos, objective, early_exits=False, budget_ms=300)
     device = Device(config, lines.append)
     with serving(device):
-        time.sleep(2)
-        assert watcher.plans[-1][1]["rung"] == "local variant only"
+        until(lambda: watcher.plans and watcher.plans[-1][1]["rung"] == "local variant only")
+        until(lambda: len(lines) >= 30)
         assert watcher.plans[-1][1]["cut"] is None
         assert "has ever come back" in watcher.plans[-1][1]["why"]
         alone = len(lines)
         with serving(Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box"))):
-            time.sleep(5)
+            until(lambda: any(plan["cut"] == 1 for _, plan in watcher.plans))
+            until(lambda: any(isinstance(line, Result) and line.tier == "cloud" for line in lines))
     watcher.close()
-    assert any(plan["cut"] == 1 for _, plan in watcher.plans)
     results = [line for line in lines if isinstance(line, Result)]
     assert len(results) == len(lines)
     assert {line.degraded for line in results[alone - 10 : alone]} == {"plan"}
