@@ -84,6 +84,8 @@ class Happening(msgspec.Struct, frozen=True):
     type: Word
     label: Word
     id: Word = ""
+    session: Word = ""
+    sequence: int = 0  # 0: not numbered
 
 
 Stats: TypeAlias = dict[str, int]

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from runtime.codec import jpeg_size
 from runtime.errors import PacketError
+from runtime.inbox import Inbox
 from runtime.topics import Subtree, report
 from runtime.ui_messages import KINDS, Birth, Happening, Said, read
 from runtime.ui_plan import Plan, Planning
@@ -25,6 +26,7 @@ MOST_CAMERAS = 64
 MOST_ANSWERS = 6000  # kept of the window, over all cameras
 MOST_TIERS = 8
 MOST_EVENTS = 20
+MOST_SESSIONS = 4  # of a device, whose events are told from each other
 OTHER_TIER = "other"
 OF_CAMERAS = ("result", "status", "event", "preview")
 
@@ -43,6 +45,7 @@ class Camera:
     shape: tuple[int, int] | None = None  # height and width of the preview
     previews: int = 0  # how many have come
     events: deque[Happening] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
+    heard: Inbox = field(default_factory=lambda: Inbox(most_sessions=MOST_SESSIONS))  # events come again at times
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -187,7 +190,8 @@ class Site:
         if isinstance(said, Said):
             self._answered(camera, said, now_s)
         elif isinstance(said, Happening):
-            camera.events.append(said)
+            if said.sequence < 1 or camera.heard.take(camera.device, said.session, said.sequence).new:
+                camera.events.append(said)
         elif isinstance(said, bytes) and kind == "preview":
             camera.preview, camera.previews = said, camera.previews + 1
             camera.shape = jpeg_size(said)

@@ -117,6 +117,16 @@ def test_an_event_of_the_device_is_what_the_page_reads() -> None:
     assert "Events" in ui_view.details(camera_of(site))
 
 
+def test_an_event_that_comes_again_is_shown_once() -> None:
+    def told(session: str, sequence: int) -> tuple[str, bytes]:
+        numbered = {"type": "new", "label": f"{session}{sequence}", "session": session, "sequence": sequence}
+        return BOARD.event("porch"), json.dumps(numbered).encode()
+
+    site = heard(*(told(*key) for key in [("a", 1), ("a", 3), ("a", 1), ("a", 2), ("a", 3), ("b", 1)]))
+    assert not site.refused
+    assert [event.label for event in camera_of(site).events] == ["a1", "a3", "a2", "b1"]
+
+
 def test_boxes_lie_where_the_answer_says_in_the_frame_it_says() -> None:
     site = heard((BOARD.result("porch"), result()))
     drawn = ET.fromstring(ui_view.drawing(camera_of(site), site.tiers))
