@@ -103,14 +103,19 @@ class Versions:
         self._taken: set[Version] = set()
         self._in_vain = 0  # times that MQTT 5 was hung up on, or refused, which counts as all of them
         self._in_a_row = 0
+        self._swallowed = False  # the attempt before was of MQTT 5, and was not answered
 
     def accepted(self) -> None:
         """The broker takes this version."""
+        if self.now == "3.1.1" and self._swallowed:
+            self._in_vain += 1
+        self._swallowed = False
         self._taken.add(self.now)
         self._in_a_row = 0
 
     def hung_up(self) -> None:
         """The broker has hung up on it, or has answered what is no MQTT."""
+        self._swallowed = False
         self._in_a_row += 1
         if self.now == "5":
             self._in_vain += 1
@@ -118,9 +123,13 @@ class Versions:
             self._turn()
 
     def silent(self) -> None:
-        """Somebody took the connection and never answered; some brokers without MQTT 5 wait for more to come."""
+        """Somebody took the connection and never answered; some brokers without MQTT 5 wait for more to come.
+
+        Others are slow, or behind a link that is: only that 3.1.1 is answered right afterwards speaks against MQTT 5.
+        """
         if self.now not in self._taken:
-            self.hung_up()
+            self._swallowed = self.now == "5"
+            self._turn()
 
     def refused(self) -> None:
         """The broker says that it does not speak it."""

@@ -162,6 +162,26 @@ def test_silence_counts_only_while_nothing_was_ever_accepted() -> None:
     assert str(versions.now) == "3.1.1"
 
 
+def test_a_long_silence_at_the_start_does_not_cost_mqtt_5() -> None:
+    versions = Versions("auto")
+    for _ in range(9):
+        versions.silent()
+    assert str(versions.now) == "3.1.1"
+    versions.accepted()
+    versions.lost()
+    assert str(versions.now) == "5"
+
+
+def test_a_broker_that_swallows_mqtt_5_and_takes_3_1_1_is_soon_not_asked_again() -> None:
+    versions = Versions("auto")
+    for _ in range(2):
+        versions.silent()
+        assert str(versions.now) == "3.1.1"
+        versions.accepted()
+        versions.lost()
+    assert str(versions.now) == "3.1.1"
+
+
 @given(st.lists(st.sampled_from(["hung_up", "refused", "lost", "accepted", "silent"]), max_size=30))
 @pytest.mark.parametrize("setting", ["5", "3.1.1"])
 def test_a_version_that_is_set_stays(setting: str, happened: list[str]) -> None:
