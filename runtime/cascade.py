@@ -18,6 +18,8 @@ from runtime.policy import ExitPolicy
 from runtime.segment import Head, Segment
 from runtime.task import Task, open_task
 
+WARM_UP_S = 2.0  # for batches: what starts late answers nobody meanwhile
+
 
 @dataclass(frozen=True, slots=True)
 class Tier:
@@ -105,16 +107,29 @@ def last_word(outcome: Outcome, tier: Tier) -> ExitOutput | None:
     return outcome.best
 
 
-def warm_up(tier: Tier) -> None:
+def warm_up(tier: Tier, entry: int | None = None, most: int = 1) -> None:
     """Run every graph of the tier once: a session's first run is several times slower than the next.
+
+    With `most`, those behind the cut `entry` are then run with every number of frames up to it, as long as WARM_UP_S
+    lasts. A session keeps the room that a size has needed, so a batch takes it now, and not when frames first come so
+    close together, perhaps after hours.
 
     Raises:
         BundleError: a graph does not run, or does not fit the cut it hangs at.
     """
+    _warm_up(tier, tier.first, 1)
+    end_s = time.monotonic() + WARM_UP_S
+    for size in range(most, 1, -1):  # the largest needs most of the room that all of them do
+        for _ in range(2):  # onnxruntime plans a size's memory from its first run
+            if time.monotonic() < end_s:
+                _warm_up(tier, tier.first if entry is None else entry, size)
+
+
+def _warm_up(tier: Tier, entry: int, size: int) -> None:
     cuts = tier.bundle.manifest.cuts
-    tensor: Tensor = np.zeros((1, *cuts[tier.first].shape), cuts[tier.first].dtype)
-    for index, segment in tier.segments.items():
-        tensor = segment.run(tensor)
+    tensor: Tensor = np.zeros((size, *cuts[entry].shape), cuts[entry].dtype)
+    for index in range(entry, tier.last + 1):
+        tensor = tier.segments[index].run(tensor)
         spec = cuts[index + 1]
         if tensor.shape[1:] != spec.shape or tensor.dtype != spec.dtype:
             raise BundleError(
@@ -127,7 +142,11 @@ def warm_up(tier: Tier) -> None:
 def _warm_up_head(tier: Tier, cut: int, tensor: Tensor) -> None:
     _, distance = tier.heads[cut].ask(tensor)
     spec = tier.bundle.exit_at(cut)
-    if spec is not None and spec.distance_limit is not None and (distance is None or distance.shape != (1,)):
+    if (
+        spec is not None
+        and spec.distance_limit is not None
+        and (distance is None or distance.shape != tensor.shape[:1])
+    ):
         raise BundleError(f"{spec.file} gives no distance, though the manifest has a limit for it; export again")
 
 

@@ -65,14 +65,16 @@ class Node:
             )
         self.tier_name = config.tier or ("cloud" if config.uplink is None else "edge")
         self._tier = cascade.Tier(bundle, *load_segments(bundle, 0, last, threads=config.threads))
-        cascade.warm_up(self._tier)
+        batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
+        batch = min(batch, config.max_batch_size, config.max_queue_frames)
+        below = bundle.manifest.tiers[0 if config.serves == "devices" else -2 :][0]
+        cascade.warm_up(self._tier, min(below.last_segment + 1, last), batch)
         # What runs is the same for all; how sure an exit must be depends on what made the features.
         rule = functools.partial(ExitPolicy.of, early=config.early_exits, agreement=config.agreement)
         self._variants = [(replace(self._tier, bundle=seen), rule(seen)) for seen in with_each_variant(bundle)]
         self._decoder = Decoder(bundle, max_reference_bytes=config.max_reference_bytes)
-        batch = min(spec.max_batch_size for spec in bundle.manifest.segments[: last + 1])
         self._batcher: Batcher[Request] = Batcher(
-            max_batch_size=min(batch, config.max_batch_size),
+            max_batch_size=batch,
             max_queue_delay_ms=config.max_queue_delay_ms,
             max_queue_frames=config.max_queue_frames,
             max_queue_bytes=config.max_queue_bytes,

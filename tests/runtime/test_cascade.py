@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime
 from runtime import cascade, manifest
 from runtime.cascade import Tier
 from runtime.datatypes import ExitOutput, Features, Tensor
 from runtime.errors import BundleError
 from runtime.policy import ExitPolicy
-from runtime.segment import Head, load_segments
+from runtime.segment import Head, Segment, load_segments
 
 CUTS = ((16, 16, 3), (4, 8, 8), (6, 4, 4))
 DEPTH = 3
@@ -163,6 +166,61 @@ def test_a_bundle_without_early_exits_runs_to_the_end(make_bundle: Callable[...,
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (1, 2), (2, 2)])
 def test_every_tier_warms_up(shared_bundle: Path, first: int, last: int) -> None:
     cascade.warm_up(tier(shared_bundle, first=first, last=last))
+
+
+class Counted:
+    """A segment that notes the sizes of its batches."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self.sizes: list[int] = []
+
+    def run(self, batch: Tensor) -> Tensor:
+        self.sizes.append(len(batch))
+        return self._segment.run(batch)
+
+
+def test_every_size_of_batch_is_warmed_up_behind_its_cut_the_largest_first(whole: Tier) -> None:
+    counted = {index: Counted(segment) for index, segment in whole.segments.items()}
+    cascade.warm_up(dataclasses.replace(whole, segments=counted), 1, 4)
+    assert [segment.sizes for segment in counted.values()] == [[1], [1, 4, 4, 3, 3, 2, 2], [1, 4, 4, 3, 3, 2, 2]]
+
+
+def test_a_slow_model_is_not_warmed_up_for_long(whole: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cascade, "WARM_UP_S", 0.0)
+    counted = {index: Counted(segment) for index, segment in whole.segments.items()}
+    cascade.warm_up(dataclasses.replace(whole, segments=counted), 1, 4)
+    assert [segment.sizes for segment in counted.values()] == [[1], [1], [1]]
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+import numpy as np
+from runtime import cascade, manifest
+from runtime.segment import load_segments
+
+def anonymous_mb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+bundle = manifest.load(Path(sys.argv[1]))
+tier = cascade.Tier(bundle, *load_segments(bundle, 0, 2))
+cut = bundle.manifest.cuts[1]
+batches = [np.zeros((size, *cut.shape), cut.dtype) for size in (2, 8, 5, 3, 4, 7, 6, 1)]
+cascade.warm_up(tier, 1, 8)
+before_mb = anonymous_mb()
+for batch in batches * 2:
+    tier.segments[2].run(tier.segments[1].run(batch))
+print(anonymous_mb() - before_mb)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells so cheaply what a process takes")
+def test_batches_take_their_memory_at_the_start() -> None:
+    lite0 = Path(runtime.__file__).parent / "reference" / "lite0"
+    ran = subprocess.run([sys.executable, "-c", GROWTH, lite0], capture_output=True, text=True, timeout=60, check=True)
+    assert float(ran.stdout) < 2.0  # without the larger batches, 7
 
 
 class Doubtful:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -16,12 +16,15 @@ from runtime import manifest, packet, reply
 from runtime.codec import CODECS, RawCodec
 from runtime.config import BrokerConfig, NodeConfig, UplinkConfig
 from runtime.counters import Counters
+from runtime.datatypes import Tensor
 from runtime.device import Device
 from runtime.errors import BundleError, ConfigError, PacketError
 from runtime.link import Link, open_link
 from runtime.manifest import Bundle
 from runtime.node import Node
 from runtime.packet import Kind, Packet
+from runtime.segment import RUNNERS
+from runtime.segment_onnx import OnnxSegment
 from tests.patience import PATIENCE_S, until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
@@ -205,6 +208,35 @@ def test_requests_that_come_together_run_together(
         together = {sequence: bytes(reply.decode(client.await_reply(sequence).payload).answer) for sequence in range(8)}
     assert together == alone
     assert node.counters.snapshot()['batches_total{size="4"}'] == 2
+
+
+class Noted(OnnxSegment):
+    """A segment that notes the cut and the size of each batch."""
+
+    batches: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self, bundle: Bundle, file: str, *, threads: int) -> None:
+        super().__init__(bundle, file, threads=threads)
+        self._file = file
+
+    def run(self, batch: Tensor) -> Tensor:
+        self.batches.append((Path(self._file).stem, len(batch)))
+        return super().run(batch)
+
+
+@pytest.mark.parametrize(("serves", "segments"), [("devices", {"1", "2"}), ("nodes", {"2"})])
+def test_the_largest_batch_is_run_before_the_first_comes(
+    memory_broker: BrokerConfig,
+    shared_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    serves: Literal["devices", "nodes"],
+    segments: set[str],
+) -> None:
+    monkeypatch.setitem(RUNNERS, "onnx", f"{__name__}:Noted")
+    monkeypatch.setattr(Noted, "batches", [])
+    Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box", serves=serves, max_batch_size=4))
+    assert {segment for segment, size in Noted.batches if size == 4} == segments
+    assert max(size for _, size in Noted.batches) == 4
 
 
 def test_a_full_queue_says_so(
