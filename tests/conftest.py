@@ -15,8 +15,10 @@ from hypothesis import settings
 
 from tests.broker import Mosquitto, a_free_port
 
-# Machines are shared and slow at times; how long an example takes says nothing here.
-settings.register_profile("kinflow", deadline=None)
+# Machines are shared and slow at times; how long an example takes says nothing here. Every run draws the same examples,
+# so that a run says of the code only; others are looked for by: scripts/test --hypothesis-profile=explore
+settings.register_profile("explore", deadline=None)
+settings.register_profile("kinflow", deadline=None, derandomize=True)
 settings.load_profile("kinflow")
 
 
