@@ -24,7 +24,7 @@ from runtime.node import Node
 from runtime.packet import Kind, Packet
 from runtime.requests import Pace, Request
 from runtime.topics import Subtree
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 Serving = Callable[[Device | Node], AbstractContextManager[None]]
 MS = 1_000_000
@@ -155,6 +155,20 @@ def test_a_request_that_this_node_cannot_do_in_time_is_not_decoded(
     assert [message.sequence for message in wire.replies] == [1, 3]
 
 
+class _Held:
+    """A segment that stands still until it is let go."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def run(self, tensor: Any) -> Any:
+        """Wait, and run it."""
+        self.entered.set()
+        assert self.go.wait(PATIENCE_S)
+        return self._inner.run(tensor)
+
+
 class _Slow:
     """A segment or a decoder that takes its time."""
 
@@ -178,14 +192,17 @@ def test_the_newest_frame_of_a_camera_takes_the_place_of_one_that_would_be_late(
     bundle = manifest.load(shared_bundle)
     wire = Wire(memory_broker, bundle)
     node = Node(NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box", max_batch_size=1))
-    node._tier.segments[0] = _Slow(node._tier.segments[0], 0.5)  # type: ignore[index]
+    held = _Held(node._tier.segments[0])
+    node._tier.segments[0] = held  # type: ignore[index]
     with serving(node):
-        wire.ask(1)
-        time.sleep(0.1)  # it runs, the others wait behind it
+        wire.ask(1, budget_ms=60_000)
+        until(held.entered.is_set)  # the others wait behind it
         wire.ask(2, budget_ms=20)
         wire.ask(3, budget_ms=20, camera=1)
         time.sleep(0.1)
-        wire.ask(4)
+        wire.ask(4, budget_ms=60_000)
+        until(lambda: node.counters.total("requests_dropped_total") >= 1)
+        held.go.set()
         until(lambda: len(wire.replies) == 2)
     wire.link.close()
     assert [message.sequence for message in wire.replies] == [1, 4]
@@ -203,11 +220,11 @@ def test_each_step_looks_at_what_is_left(
     config = NodeConfig(bundle=str(shared_bundle), broker=memory_broker, id="box", uplink=uplink, early_exits=False)
     node = Node(config)
     if slow == "decoder":
-        node._decoder = _Slow(node._decoder, 0.4)  # type: ignore[assignment]
+        node._decoder = _Slow(node._decoder, 0.8)  # type: ignore[assignment]
     else:
-        node._tier.segments[0] = _Slow(node._tier.segments[0], 0.4)  # type: ignore[index]
+        node._tier.segments[0] = _Slow(node._tier.segments[0], 0.8)  # type: ignore[index]
     with serving(node):
-        wire.ask(1, budget_ms=200)
+        wire.ask(1, budget_ms=500)
         until(lambda: node.counters.total("requests_dropped_total") == 1)
     wire.link.close()
     assert wire.replies == []
