@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from runtime.estimates import LinkEstimate, LinkEstimator
+from runtime.estimates import START_GOODPUT, LinkEstimate, LinkEstimator
 from runtime.ladder import FREE, Ladder, Limits
 from runtime.objective import Objective
 from runtime.plan_rates import Way
@@ -26,9 +26,9 @@ BESIDE_NS, LOOKS = 10_000_000_000, 10  # over which the rate of what goes up bes
 LEAST_FLYING = 2  # frames that may be on their way at any rate
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
 PLAN_MS = 250.0  # between two plans where nothing happened that cannot wait
-LATE_MS = 4000.0  # an answer that took longer says that the link lives, and nothing of how fast it is
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
-LIGHT_BYTES, LIGHT_SHARE = 16_384, 0.5  # on their way: in all, and of what the link carries within the limit
+QUIET_MS = 500.0  # of silence beyond a round trip
+LIGHT_SHARE = 0.7  # of what the link carries within the limit: on its way
 UNSURE = 15  # frames: who comes and goes makes bursts of those that no exit answers
 WORK_SHARE = 0.75  # quantile of own work that is planned with
 
@@ -73,13 +73,14 @@ class Pilot:
         self._sizes: dict[str, tuple[deque[float], Window]] = {}
         self._alike: dict[int, deque[bool]] = {}
         self._flying: OrderedDict[int, _Flying] = OrderedDict()  # by when it went up, in that order
-        self._answered_ns = 0  # when the frame went up that was last answered
+        self._answered_ns = self._heard_ns = 0  # when the frame went up that was last answered, and the last word came
         self._ladder = Ladder(warm_celsius=objective.warm_celsius, hot_celsius=objective.hot_celsius)
         self.limits: Limits = FREE
         self._news, self._planned_ns = True, 0
         self._seen: tuple[bool, Board | None, int | None] = True, None, None
         self._max_packet_bytes = math.inf
         self._beside: deque[tuple[int, int]] = deque(maxlen=LOOKS)
+        self._beside_bytes = 0
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
         self.known = self._estimates(0)
@@ -101,6 +102,7 @@ class Pilot:
         """A frame of `size` bytes, all of MQTT counted, goes up."""
         self._work.took({encode_stage(way): encode_ms}, now_ns)
         self._flying[now_ns] = _Flying(size, way, probe)
+        self._link.sent(now_ns, size)
         while next(iter(self._flying)) < now_ns - STALE_NS:
             self._flying.popitem(last=False)
         self._silent_ns = now_ns + round(self._silent_ms * 1e6)
@@ -113,19 +115,19 @@ class Pilot:
     def withdrawn(self) -> None:
         """What was said to go up last did not."""
         self._flying.popitem()
+        self._link.withdrawn()
 
     def replied(self, sent_ns: int, now_ns: int, timings: Mapping[str, float] | None, *, late: bool = False) -> None:
         """A word came for the frame that went up at `sent_ns`; without timings it was a refusal."""
         frame = self._flying.pop(sent_ns, None)
-        self._answered_ns = max(self._answered_ns, sent_ns)
+        self._answered_ns, self._heard_ns = max(self._answered_ns, sent_ns), max(self._heard_ns, now_ns)
         self._silent_ms = FIRST_PROBE_MS
         lost = self._link.lost
         self._news |= lost or late
-        if frame is None or timings is None or lost or (now_ns - sent_ns) / 1e6 > LATE_MS:
-            # The first word after an outage was held up by that; those behind it in the pipe tell how fast it is.
-            self._link.heard(sent_ns, now_ns, sum((timings or {}).values()))
+        if frame is None or timings is None:
+            self._link.heard(sent_ns, now_ns)
             return
-        self._news |= self._link.replied(sent_ns, now_ns, frame.size, sum(timings.values()))
+        self._news |= self._link.replied(sent_ns, now_ns, sum(timings.values()))
         self._above.took(node_stages(timings), now_ns)
         if self._tells(sent_ns, frame) and not frame.missed:
             self._ladder.sent(now_ns, late=late)
@@ -161,6 +163,7 @@ class Pilot:
     def reconnected(self) -> None:
         """The connection is another one: what was on its way is gone."""
         self._flying.clear()
+        self._link.reconnected()
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._news = True
 
@@ -170,6 +173,9 @@ class Pilot:
 
     def beside(self, now_ns: int, total_bytes: int) -> None:
         """All bytes that were ever handed to the link beside frames: results, events and whatever else."""
+        if total_bytes > self._beside_bytes:
+            self._link.beside(now_ns, total_bytes - self._beside_bytes)
+            self._beside_bytes = total_bytes
         if not self._beside or now_ns - self._beside[-1][0] >= BESIDE_NS / LOOKS:
             self._beside.append((now_ns, total_bytes))
 
@@ -224,20 +230,13 @@ class Pilot:
 
     def arrival_ms(self, now_ns: int, captured_ns: int) -> float:
         """The age an answer would have if the frame went up now, as it is decided."""
-        # What waits says how slow the link is just now, be it a stall; for a plan that is too short a view.
-        way = self.decision.candidate.way
-        link = self.known.link if self._light() else self._link.estimate(now_ns, *self._waiting())
+        way, link = self.decision.candidate.way, self.known.link
         age_ms = (now_ns - captured_ns) / 1e6
         usual = None if way is None else self.tables.size(way)
         if way is None or usual is None or link.goodput is None:
             return age_ms
         size = usual[0] * self.known.bytes_ratio.get(way.codec, (1.0, 1.0))[0]
-        # What went up before has to pass first; each takes its time from when the pipe was free.
-        passed_ns = self._link.free_ns
-        for sent_ns, frame in self._flying.items():
-            if sent_ns > self._answered_ns:
-                passed_ns = max(passed_ns, sent_ns) + frame.size / link.goodput * 1e9
-        wait_ms = max(0.0, passed_ns - now_ns) / 1e6 + size / link.goodput * 1000
+        wait_ms = self._link.passes_ms(now_ns, size, link.goodput)
         encode_ms = self.known.stage_ms.get(encode_stage(way), 0.0)
         above_ms = sum(ms for stage, ms in self.known.node_ms.items() if stage == "rest" or int(stage[7:]) >= way.cut)
         return age_ms + encode_ms + wait_ms + (link.rtt_ms or 0.0) + above_ms
@@ -246,22 +245,23 @@ class Pilot:
         """Whether an answer from above would come after the limit on its age, or too near to it."""
         return self.arrival_ms(now_ns, captured_ns) > LATENCY_MARGIN * self.limit_ms
 
-    def full(self) -> bool:
-        """Whether as many frames are on their way as should be: rate times time (Little's law).
+    def full(self, now_ns: int) -> bool:
+        """Whether more is on its way than drains soon, or more frames than come within the limit.
 
-        The time is half more than what an answer is predicted to take: yet more could still be in time where the link
-        only stalls, but would have to drain first where it has become slow. What drains soon may wait all the time.
+        Nor does anything go up after a silence that is longer than TCP needs to mend one loss: the link may have become
+        slow, and then whatever waits already is too much.
         """
-        flying = sum(sent_ns > self._answered_ns and not frame.missed for sent_ns, frame in self._flying.items())
-        in_time_ms = self.limit_ms if self._light() else min(self.limit_ms, 1.5 * self.decision.latency_ms)
-        return flying >= max(LEAST_FLYING, math.ceil(self.known.frames_per_second * in_time_ms / 1000) + 1)
-
-    def _light(self) -> bool:
-        """Whether what is on its way would drain soon, also from a link that has become a good deal slower."""
-        waiting = sum(frame.size for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns)
-        goodput = self.known.link.goodput
-        most = LIGHT_BYTES if goodput is None else min(LIGHT_BYTES, LIGHT_SHARE * self.limit_ms / 1000 * goodput)
-        return waiting <= most
+        waiting = {sent_ns: frame for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns}
+        if len(waiting) < LEAST_FLYING:
+            return False
+        link = self.known.link
+        since_ns = max(self._heard_ns, next(iter(waiting)))
+        if (now_ns - since_ns) / 1e6 > QUIET_MS + (link.rtt_ms or self.limit_ms):
+            return True
+        alive = sum(not frame.missed for frame in waiting.values())
+        most = LIGHT_SHARE * self.limit_ms / 1000 * (link.goodput or START_GOODPUT)
+        too_many = alive > math.ceil(self.known.frames_per_second * self.limit_ms / 1000)
+        return too_many or sum(frame.size for frame in waiting.values()) > most
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:
         """How to send this frame to learn something, though the plan would not; None: not now.
@@ -283,7 +283,7 @@ class Pilot:
                 self._silent_ms = min(2 * self._silent_ms, self._spaced(found.way, SILENT_PROBE_MS))
                 self._silent_ns = now_ns + round(self._silent_ms * 1e6)
                 return Probe(found, copy=True)
-        if kept or now_ns < self._reach_ns or self.full() or self.too_late(now_ns, now_ns):
+        if kept or now_ns < self._reach_ns or self.full(now_ns) or self.too_late(now_ns, now_ns):
             return None
         self._reach_ms = min(2 * self._reach_ms, MAX_REACH_MS)
         self._reach_ns = now_ns + round(self._reach_ms * 1e6)
@@ -314,18 +314,11 @@ class Pilot:
             sent_ns > now_ns - self._silent_ms * 1e6 for sent_ns in self._flying
         )
 
-    def _waiting(self) -> tuple[int | None, int]:
-        """When the frame went up that has waited longest, and its size."""
-        for sent_ns, frame in self._flying.items():
-            if sent_ns > self._answered_ns:  # what later frames overtook is lost, not waiting
-                return sent_ns, frame.size
-        return None, 0
-
     def _estimates(self, now_ns: int) -> Estimates:
         stages = {stage: self._work.ms(stage, WORK_SHARE) or 0.0 for stage in self._work.stages()}
         above = {stage: self._above.ms(stage) or 0.0 for stage in self._above.stages()}
         return Estimates(
-            link=self._link.estimate(now_ns, beside=self.other_bytes),
+            link=self._link.estimate(now_ns),
             stage_ms=stages,
             node_ms=above,
             frames_per_second=sum(one.per_second or 0.0 for one in self._frames.values()) or 10.0,

@@ -80,6 +80,7 @@ class Predictions:
     """What each candidate would give; arrays by candidate."""
 
     latency_ms: Floats  # 95th percentile of grab to answer
+    steady_ms: Floats  # the same on a link without jitter, and without an answer at the limit
     bytes: Floats  # mean of a frame, those that exits answer counted as none
     agreement: Floats
     local_ms: Floats  # of work on this device
@@ -140,8 +141,8 @@ class Tables:
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def predict(self, known: Estimates) -> Predictions:
-        """What each candidate would give now."""
+    def predict(self, known: Estimates, limit_ms: float = math.inf) -> Predictions:
+        """What each candidate would give now, where a local exit answers at `limit_ms` what comes later."""
         local = self._uses @ np.array([self._stage_ms(stage, known) for stage in self._stages])
         ratios = [known.bytes_ratio.get(codec, (1.0, 1.0)) for codec in self._codecs]
         typical = self._bytes_p50 * np.array([ratio[0] for ratio in ratios])[self._codec]
@@ -158,12 +159,13 @@ class Tables:
         share = np.minimum(1.0, carried / np.maximum(wanted, 1e-9))
         transfer_ms = large / goodput * 1000
         above_ms = self._above @ np.array([self._node_ms(stage, known) for stage in self._above_stages])
-        up_ms = transfer_ms + (link.rtt_ms or 0.0) + link.jitter_ms + above_ms
+        steady_ms = local + np.where(self._sends, transfer_ms + (link.rtt_ms or 0.0) + above_ms, 0.0)
         fallback = self._last_words(known)
         arrives = share * (1 - max(0.0, link.loss_ratio - FREE_LOSS))
         rest = np.where(self._sends, arrives * self._up + (1 - arrives) * fallback, fallback)
         return Predictions(
-            latency_ms=local + np.where(self._sends, up_ms, 0.0),
+            latency_ms=np.maximum(steady_ms, np.minimum(steady_ms + link.jitter_ms * self._sends, limit_ms)),
+            steady_ms=steady_ms,
             bytes=goes_up * typical * share,
             agreement=self._covered + (1 - self._coverage) * rest,
             local_ms=local,

@@ -5,9 +5,9 @@ the limit on bytes; then the rest. Among the first the objective decides, among 
 age, among the last bytes. Ties go to fewer bytes, then to the younger answer, then to the first in the table, so that
 the same knowledge gives the same decision.
 
-A move away from a candidate that has come to miss a limit is made at once. Any other must keep the limits with a
-margin, gain enough, and have done both for a while (`HOLD_MS`, doubled each time such a move had to be taken back
-soon). With knowledge that stays as it is, a plan therefore moves no more than twice, and never back and forth.
+A move away from a candidate that has come to miss a limit, or of whose frames the link carries too few, is made at
+once. Any other must keep the limits with a margin, gain enough, and have done both for a while (`HOLD_MS`, doubled each
+time such a move had to be taken back soon). With knowledge that stays as it is, a plan therefore moves no more than twice, and never back and forth.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ REGRET_MS = 10_000.0  # a move taken back within so long was one too many
 OUTAGE_MS = 5000.0  # without sending: what was regretted before was of another link
 CALM_MS = 60_000.0  # and after so long without one, all is forgiven
 LATENCY_MARGIN, BYTES_MARGIN = 0.85, 0.9
+LEAST_CARRIED = 0.8  # share of the frames: a way of which the link carries less is left at once
 GAIN_AGREEMENT, GAIN_RATIO = 0.005, 0.1
-PROBE_RATIO = 4.0  # how much better a link may be than it is known to be
+HOPE_RATIO = 4.0  # how much better a link may be than it is taken for, where nothing is known of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Decision:
     frame_bytes: float  # were the link to carry all frames
     agreement: float
     rung: str
-    reason: str  # for counters: start, latency, bytes, agreement, oversize, better, or the rung that forced it
+    reason: str  # for counters: start, latency, bytes, agreement, oversize, goodput, better, or the rung that forced it
     why: str  # one sentence with numbers
     kept: bool  # whether all limits are kept, by prediction
     since_ns: int
@@ -78,7 +79,7 @@ def plan(
         date.
     """
     known = careful(known)
-    said = tables.predict(known)
+    said = tables.predict(known, _latency_limit(objective, budget_ms))
     allowed = tables.allowed(said, limits)
     levels, tight = _levels(said, known, objective, budget_ms)
     levels = np.where(allowed, levels, np.int64(FORBIDDEN))
@@ -92,10 +93,8 @@ def plan(
     if levels[best] < levels[here]:
         target = safe if tight[safe] < levels[here] else best
         reason, why = _forced(tables, said, here, target, levels, known, objective, budget_ms, limits)
-        soon = current.risen_ns is not None and now_ns - current.risen_ns < REGRET_MS * 1e6
-        hold_ms = min(MAX_HOLD_MS, 2 * current.hold_ms) if soon else current.hold_ms
         decided = _decide(tables, said, target, levels, limits, reason, why, now_ns)
-        return replace(decided, hold_ms=hold_ms)
+        return replace(decided, hold_ms=_held_ms(current, now_ns))
     hold_ms = current.hold_ms
     if now_ns - (current.risen_ns or current.since_ns) > CALM_MS * 1e6:
         hold_ms = HOLD_MS
@@ -106,6 +105,10 @@ def plan(
     )
     if safe == here or tight[safe] > levels[here] or not _gains(said, here, safe, int(levels[here]), objective):
         return stays
+    if said.share[here] < LEAST_CARRIED and said.share[safe] > said.share[here]:
+        reason, why = "goodput", _uncarried(tables, said, here, safe, known)
+        decided = _decide(tables, said, safe, levels, limits, reason, why, now_ns)
+        return replace(decided, hold_ms=_held_ms(current, now_ns))
     wished_ns = now_ns if current.wished_ns is None else current.wished_ns
     # The way back from an outage, short as it was, has been waited for; after a long one nothing is left to regret.
     returns = current.rung == RUNGS[LOCAL] and limits.sends
@@ -119,6 +122,12 @@ def plan(
     )
     decided = _decide(tables, said, safe, levels, limits, "better", why, now_ns)
     return replace(decided, hold_ms=hold_ms, risen_ns=now_ns)
+
+
+def _held_ms(current: Decision, now_ns: int) -> float:
+    """For how long the next move that nothing forces has to be worth it, when `current` is given up."""
+    soon = current.risen_ns is not None and now_ns - current.risen_ns < REGRET_MS * 1e6
+    return min(MAX_HOLD_MS, 2 * current.hold_ms) if soon else current.hold_ms
 
 
 def probe(
@@ -136,7 +145,7 @@ def probe(
         return tables.candidates[index] if math.isfinite(cheapest[index]) else None
     link = known.link
     assert link.goodput is not None, "`careful` knows one"
-    better = replace(known, link=replace(link, goodput=PROBE_RATIO * link.goodput, jitter_ms=0.0))
+    better = replace(known, link=replace(link, goodput=link.hope or HOPE_RATIO * link.goodput, jitter_ms=0.0))
     said = tables.predict(better)
     levels, _ = _levels(said, better, objective, budget_ms)
     levels = np.where(tables.allowed(said, limits), levels, np.int64(FORBIDDEN))
@@ -167,7 +176,8 @@ def _levels(said: Predictions, known: Estimates, objective: Objective, budget_ms
     found = []
     for latency_margin, bytes_margin in ((1.0, 1.0), (LATENCY_MARGIN, BYTES_MARGIN)):
         cheap = said.bytes * known.frames_per_second + known.other_bytes <= most_bytes * bytes_margin
-        quick = said.latency_ms <= most_ms * latency_margin
+        # What stalls make late the local exit answers at the limit; that is no reason to send nothing at all.
+        quick = said.steady_ms <= most_ms * latency_margin
         levels = np.where(~cheap, COSTLY, np.where(~quick, LATE, np.where(~like, UNLIKE, KEPT)))
         found.append(levels.astype(np.int64))
     return found[0], found[1]
@@ -265,6 +275,13 @@ def _forced(
     size = f"{said.transfer_ms[here] * (link.goodput or 0.0) / 1e6:,.1f} kB"
     took = f"{size} would take {said.transfer_ms[here]:,.0f} ms at {speed:,.0f} kbit/s"
     return "latency", f"{change}: {took}, {whole_ms}"
+
+
+def _uncarried(tables: Tables, said: Predictions, here: int, there: int, known: Estimates) -> str:
+    """Sentence of a move away from what the link cannot carry."""
+    change, speed = _change(tables.candidates[here], tables.candidates[there]), (known.link.goodput or 0.0) * 8 / 1000
+    wanted = said.frame_bytes[here] * known.frames_per_second * 8 / 1000
+    return f"{change}: {wanted:,.0f} kbit/s would go up, the link carries {speed:,.0f}"
 
 
 def _change(here: Candidate, there: Candidate) -> str:

@@ -157,9 +157,10 @@ class Steering:
         if self._pilot is None:
             return None
         with self._lock:
-            if self._pilot.full():
+            now_ns = time.monotonic_ns()
+            if self._pilot.full(now_ns):
                 return "busy"
-            return "late" if self._pilot.too_late(time.monotonic_ns(), captured_ns) else None
+            return "late" if self._pilot.too_late(now_ns, captured_ns) else None
 
     @property
     def full(self) -> bool:
@@ -167,7 +168,7 @@ class Steering:
         if self._pilot is None:
             return False
         with self._lock:
-            return self._pilot.full()
+            return self._pilot.full(time.monotonic_ns())
 
     @property
     def budget_ms(self) -> int:

@@ -28,7 +28,7 @@ LAYERS = (
         "outbox",
         "gate",
         "drift",
-        *("estimates", "workload"),
+        *("estimates", "goodput", "workload"),
         "planner",
         "pilot",
         "plan_rates",

@@ -1,0 +1,182 @@
+"""What a link carries, told from frames far smaller than it could carry, and through its stalls. Pure.
+
+A discrete Bayes filter (Thrun, Burgard, Fox: Probabilistic Robotics, 2005, chapter 4) over goodput, on a grid that is
+even in its logarithm. Each goodput of the grid has a model of the link of its own, a pipe in which frames pass one
+after the other in `bytes / goodput` each (but for a packet's worth that passes at once after a pause), with the
+shortest round trip that frames which had not to wait in it have shown. An answer that comes when a pipe says speaks for
+it. One that comes late speaks against it, but never more than a stall is unlikely: TCP holds up everything behind a
+lost segment, and then it comes at once. One that comes early speaks against it. So sizes that differ, queues that grow
+and bursts all count for what they are worth, and where nothing tells two goodputs apart the prior does. What was
+learned is slowly forgotten in favour of the prior, so that a link that changes is followed after a few frames, and what
+has not been told for long is worth a try.
+
+Times are milliseconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+LEAST, MOST, STEPS = 2e3, 12.5e6, 44  # bytes a second
+USUAL, SPREAD = 250e3, 1.5  # of the prior: its middle, and its standard deviation in natural logarithms
+BURST_BYTES = 1500  # that a link lets through at once after a pause, as shapers do; a full packet
+FORGOTTEN_MS = 40_000.0  # in which all but 1/e of what was learned is forgotten
+RISE_MS = 5.0  # by which the shortest round trip is forgotten with each answer
+STALL_SHARE, STALL_MS, MOST_MS = 0.08, 350.0, 2000.0  # of answers; how late on average; later tells nothing more
+TELLS_MS = 8.0  # a frame that takes less than this tells nothing of how fast the link is
+EARLY_MS = 12.0
+LEAST_NOISE_MS, MOST_NOISE_MS = 5.0, 40.0
+UNLIKELY = -9.0  # natural logarithm: no answer speaks more against a goodput
+CAREFUL, HOPEFUL = 0.3, 0.8  # quantiles: that is planned with, and for which it is worth to try
+LOOKED_BACK, FEW, RECENT_MS = 48, 3, 4000.0  # answers looked back at: at most, at least, and of how long
+JITTER = 0.9  # quantile
+
+GRID: Floats = np.geomspace(LEAST, MOST, STEPS)
+LOGS: Floats = np.log(GRID)
+LOGS_FROM, LOGS_STEP = float(LOGS[0]), float(LOGS[1] - LOGS[0])
+MS_PER_BYTE: Floats = 1000 / GRID
+BURST_MS: Floats = BURST_BYTES * MS_PER_BYTE
+PRIOR: Floats = np.exp(-0.5 * ((LOGS - math.log(USUAL)) / SPREAD) ** 2)
+PRIOR /= PRIOR.sum()
+
+
+class GoodputFilter:
+    """Learns from what goes up and what comes back. The caller keeps its calls in one thread at a time."""
+
+    def __init__(self) -> None:
+        self._belief = PRIOR.copy()
+        self._free_ms = np.full(STEPS, -math.inf)  # when each pipe is free for the next frame that is not answered yet
+        self._rtt_ms = np.full(STEPS, math.inf)  # the shortest lately
+        # What has gone up since the last frame that was answered: when, bytes, and whether it is a frame.
+        self._sent: deque[tuple[float, int, bool]] = deque()
+        self._passed_ms = -math.inf  # when that answer was here
+        self._noise_ms = 2 * LEAST_NOISE_MS
+        self._late_ms = np.zeros((LOOKED_BACK, STEPS))  # of recent answers, in a ring: how late by each goodput
+        self._at_ms = np.zeros(LOOKED_BACK)  # when they came
+        self._sizes: deque[int] = deque(maxlen=LOOKED_BACK)
+        self._answers = 0
+        self._place = _place(USUAL)  # in the grid, of what is planned with
+        self._estimate: tuple[float, float, float] | None = None  # since the last answer
+
+    @property
+    def known(self) -> bool:
+        """Whether enough answers have come."""
+        return self._answers >= FEW
+
+    def sent(self, at_ms: float, size: int) -> None:
+        """A frame of `size` bytes has gone up."""
+        self._sent.append((at_ms, size, True))
+
+    def beside(self, at_ms: float, size: int) -> None:
+        """So many bytes have gone up that nobody answers."""
+        self._sent.append((at_ms, size, False))
+
+    def withdrawn(self) -> None:
+        """The frame that was said to go up last did not."""
+        place = max(place for place, (_, _, frame) in enumerate(self._sent) if frame)
+        del self._sent[place]
+
+    def reconnected(self) -> None:
+        """All that was on its way is gone, and the link may be another one."""
+        self._sent.clear()
+        self._free_ms = np.full(STEPS, -math.inf)
+        self._passed_ms = -math.inf
+        self._belief = 0.5 * self._belief + 0.5 * PRIOR
+        self._estimate = None
+
+    def passed(self, sent_ms: float, at_ms: float) -> None:
+        """The answer to the frame that went up at `sent_ms` came; the node's own time is taken off `at_ms`."""
+        self._forget(at_ms)
+        done_ms = self._free_ms
+        found = False
+        while self._sent and self._sent[0][0] <= sent_ms and not found:
+            when_ms, size, frame = self._sent.popleft()
+            waited = done_ms > when_ms
+            done_ms = np.maximum(done_ms, when_ms - BURST_MS) + size * MS_PER_BYTE
+            found = frame and when_ms == sent_ms
+        if not found:  # later ones were answered before it
+            self._free_ms = done_ms
+            return
+        out_ms = np.maximum(done_ms, sent_ms)
+        trip_ms = np.maximum(at_ms - out_ms, 0.0)
+        rtt_ms = np.where(np.isfinite(self._rtt_ms), self._rtt_ms, trip_ms)
+        due_ms = out_ms + rtt_ms
+        late_ms = at_ms - np.maximum(due_ms, self._passed_ms)
+        self._learn(late_ms)
+        best = int(np.argmax(self._belief))
+        # Two thirds of the answers are within it: stalls, as few as they are, do not widen it.
+        self._noise_ms *= 1.1 if abs(float(late_ms[best])) > self._noise_ms else 0.95
+        self._noise_ms = min(MOST_NOISE_MS, max(LEAST_NOISE_MS, self._noise_ms))
+        self._late_ms[self._answers % LOOKED_BACK] = at_ms - due_ms
+        self._at_ms[self._answers % LOOKED_BACK] = at_ms
+        self._answers += 1
+        self._sizes.append(size)
+        self._passed_ms = max(self._passed_ms, at_ms)
+        self._free_ms = np.minimum(done_ms, at_ms - rtt_ms)
+        self._rtt_ms = np.where(waited, rtt_ms, np.minimum(rtt_ms + RISE_MS, trip_ms))
+        self._estimate = None
+
+    def estimate(self) -> tuple[float, float, float]:
+        """Goodput to plan with, and to hope for, bytes a second; and the round trip of a message of no bytes, in ms."""
+        if self._estimate is None:
+            below = np.cumsum(self._belief)
+            careful, hopeful = np.interp((CAREFUL, HOPEFUL), (below - 0.5 * self._belief) / below[-1], LOGS)
+            largest = max(BURST_BYTES, max(self._sizes, default=0))
+            goodput = min(math.exp(careful), largest / TELLS_MS * 1000)
+            self._place = _place(goodput)
+            rtt_ms = float(self._rtt_ms[self._place])
+            self._estimate = goodput, math.exp(hopeful), rtt_ms if math.isfinite(rtt_ms) else 0.0
+        return self._estimate
+
+    def passes_ms(self, now_ms: float, size: float, goodput: float) -> float:
+        """How long it takes at this goodput until a frame that went up now would have passed, all before it too."""
+        free_ms = float(self._free_ms[_place(goodput)])
+        for at_ms, before, _ in (*self._sent, (now_ms, size, True)):
+            free_ms = max(free_ms, at_ms - BURST_BYTES / goodput * 1000) + before / goodput * 1000
+        return max(0.0, free_ms - now_ms)
+
+    @property
+    def jitter_ms(self) -> float:
+        """By how much the slowest tenth of recent answers were later than what is known says."""
+        count = min(self._answers, LOOKED_BACK)
+        if count < FEW:
+            return 0.0
+        rows = np.arange(self._answers - count, self._answers) % LOOKED_BACK
+        recent = self._at_ms[rows] >= self._passed_ms - RECENT_MS
+        recent[-FEW:] = True
+        late = np.sort(self._late_ms[rows[recent], self._place])
+        return max(0.0, float(late[int(JITTER * (len(late) - 1))]))
+
+    def _forget(self, at_ms: float) -> None:
+        """Let the link have changed, a little; if it has, all but its goodput is as the likeliest pipe says."""
+        since_ms = at_ms - self._passed_ms
+        if not (math.isfinite(since_ms) and since_ms > 0):
+            return
+        best = int(np.argmax(self._belief))
+        kept = math.exp(-since_ms / FORGOTTEN_MS)
+        anew = (1 - kept) * PRIOR
+        self._belief = kept * self._belief + anew
+        anew /= self._belief
+        # Upwards only: those who expect a long way themselves may be right that it has become longer.
+        self._rtt_ms += anew * np.maximum(self._rtt_ms[best] - self._rtt_ms, 0.0)
+
+    def _learn(self, late_ms: Floats) -> None:
+        """Weigh each goodput by how well it foretold an answer."""
+        noise_ms = self._noise_ms
+        usual = math.log((1 - STALL_SHARE) / (2 * noise_ms))
+        late_ms = np.minimum(late_ms, MOST_MS)
+        late = np.maximum(usual - late_ms / noise_ms, math.log(STALL_SHARE / STALL_MS) - late_ms / STALL_MS)
+        told = np.where(late_ms >= 0, late, usual + late_ms / EARLY_MS)
+        told = np.maximum(told - told.max(), UNLIKELY)
+        self._belief = self._belief * np.exp(told)
+        self._belief /= self._belief.sum()
+
+
+def _place(goodput: float) -> int:
+    return max(0, min(STEPS - 1, round((math.log(goodput) - LOGS_FROM) / LOGS_STEP)))
