@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
 from export.cli import export_command
+from export.pipeline import Exported
 from runtime.bundle_tool import bundle_group
 from runtime.errors import KinflowError
+from runtime.manifest import load
 
 
 def run(*arguments: object) -> Result:
@@ -36,8 +39,6 @@ def test_export_ends_with_what_was_written(net: str, photos: Path, tmp_path: Pat
     assert "wrote" in result.stdout
     for stage in ("open", "simplify", "quantize", "slice", "fit exit heads", "prove on 12 held-back frames"):
         assert stage in result.stderr
-    again = run(f"{net}:plain", "--frames", photos, "--out", out, "--agreement", 0.8, "--force", "--json")
-    assert json.loads(again.stdout)["manifest"]["name"] == "net"
     shown = CliRunner().invoke(bundle_group, ["show", str(out)])
     assert shown.exit_code == 0
     assert "0.8" in shown.stdout
@@ -54,11 +55,17 @@ def test_cuts_are_listed_without_frames(net: str) -> None:
     assert "int8" not in table.stdout
 
 
-def test_cuts_can_be_given(net: str, photos: Path, tmp_path: Path) -> None:
-    result = run(f"{net}:plain", "--frames", photos, "--out", tmp_path / "b", "--cuts", "2", "--json", "--tiers", "a,b")
-    manifest = json.loads(result.stdout)["manifest"]
+def test_cuts_can_be_given_and_a_bundle_that_is_there_is_replaced(
+    net: str, photos: Path, exported: Exported, tmp_path: Path
+) -> None:
+    out = shutil.copytree(exported.bundle.path, tmp_path / "b")
+    options = ["--cuts", "2", "--json", "--tiers", "a,b", "--force"]
+    manifest = json.loads(run(f"{net}:plain", "--frames", photos, "--out", out, *options).stdout)["manifest"]
+    assert manifest["name"] == "net"
     assert len(manifest["segments"]) == 2
     assert [tier["name"] for tier in manifest["tiers"]] == ["a", "b"]
+    assert len(load(out).manifest.segments) == 2
+    assert not (out / "segments" / "2.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
-    input_size, mean, std = 64, 0.5, 0.5
+    input_size, mean, std = 32, 0.5, 0.5
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_what_a_variant_makes_is_the_bundles_own_wire(varied: Exported) -> None:
     own, variant = (onnx.load(bundle.path / file) for file in (segment_file(0), "segments/0.v1.onnx"))
     scales = []
     for model in (own, variant):
-        assert [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim][1:] == [32, 32, 16]
+        assert [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim][1:] == [16, 16, 16]
         index = Index(model)
         quantizer = next(node for node in reversed(index.nodes) if node.op_type == "QuantizeLinear")
         scales.append([index.constant(name) for name in quantizer.input[1:]])
@@ -133,7 +133,7 @@ def test_a_float_bundle_has_variants_too(wide: Recipe, tmp_path: Path) -> None:
     (spec,) = made.bundle.manifest.segments[0].variants
     assert spec.agreement >= 0.9
     segments, _ = load_segments(with_variant(made.bundle, 1), 0, 1)
-    frame = np.zeros((1, 64, 64, 3), np.uint8)
+    frame = np.zeros((1, 32, 32, 3), np.uint8)
     features = segments[0].run(frame)
     assert features.dtype == np.float32
     assert segments[1].run(features).shape == (1, 5)
