@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 LEAST, MOST, STEPS = 2e3, 12.5e6, 44  # bytes a second
 USUAL, SPREAD = 250e3, 1.5  # of the prior: its middle, and its standard deviation in natural logarithms
 BURST_BYTES = 1500  # that a link lets through at once after a pause, as shapers do; a full packet
-FORGOTTEN_MS = 40_000.0  # in which all but 1/e of what was learned is forgotten
+FORGOTTEN_MS, FORGETS_MS = 40_000.0, 200.0  # in which all but 1/e of what was learned is forgotten; at how long steps
 RISE_MS = 5.0  # by which the shortest round trip is forgotten with each answer
 STALL_SHARE, STALL_MS, MOST_MS = 0.08, 350.0, 2000.0  # of answers; how late on average; later tells nothing more
 TELLS_MS = 8.0  # a frame that takes less than this tells nothing of how fast the link is
@@ -56,6 +56,7 @@ class GoodputFilter:
         # What has gone up since the last frame that was answered: when, bytes, and whether it is a frame.
         self._sent: deque[tuple[float, int, bool]] = deque()
         self._passed_ms = -math.inf  # when that answer was here
+        self._forgot_ms = -math.inf
         self._noise_ms = 2 * LEAST_NOISE_MS
         self._late_ms = np.zeros((LOOKED_BACK, STEPS))  # of recent answers, in a ring: how late by each goodput
         self._at_ms = np.zeros(LOOKED_BACK)  # when they came
@@ -92,7 +93,10 @@ class GoodputFilter:
 
     def passed(self, sent_ms: float, at_ms: float) -> None:
         """The answer to the frame that went up at `sent_ms` came; the node's own time is taken off `at_ms`."""
-        self._forget(at_ms)
+        if self._answers:
+            self._forget(at_ms)
+        else:
+            self._forgot_ms = at_ms
         done_ms = self._free_ms
         found = False
         while self._sent and self._sent[0][0] <= sent_ms and not found:
@@ -155,9 +159,10 @@ class GoodputFilter:
 
     def _forget(self, at_ms: float) -> None:
         """Let the link have changed, a little; if it has, all but its goodput is as the likeliest pipe says."""
-        since_ms = at_ms - self._passed_ms
-        if not (math.isfinite(since_ms) and since_ms > 0):
+        since_ms = at_ms - self._forgot_ms
+        if since_ms < FORGETS_MS:
             return
+        self._forgot_ms = at_ms
         best = int(np.argmax(self._belief))
         kept = math.exp(-since_ms / FORGOTTEN_MS)
         anew = (1 - kept) * PRIOR

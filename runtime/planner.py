@@ -7,7 +7,8 @@ the same knowledge gives the same decision.
 
 A move away from a candidate that has come to miss a limit, or of whose frames the link carries too few, is made at
 once. Any other must keep the limits with a margin, gain enough, and have done both for a while (`HOLD_MS`, doubled each
-time such a move had to be taken back soon). With knowledge that stays as it is, a plan therefore moves no more than twice, and never back and forth.
+time such a move had to be taken back soon). With knowledge that stays as it is, a plan therefore moves no more than
+twice, and never back and forth.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def plan(
         return _decide(tables, said, best, levels, limits, "start", why, now_ns)
     here = current.index
     tight = np.where(allowed, tight, np.int64(FORBIDDEN))
-    safe = _best(said, tight, objective)
+    safe = best if tight[best] == levels[best] else _best(said, tight, objective)
     if levels[best] < levels[here]:
         target = safe if tight[safe] < levels[here] else best
         reason, why = _forced(tables, said, here, target, levels, known, objective, budget_ms, limits)

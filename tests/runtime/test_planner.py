@@ -239,6 +239,43 @@ def test_a_narrow_link_forces_a_move_at_once_and_says_why() -> None:
     assert after.why.endswith("400 ms allowed")
 
 
+def test_what_the_link_carries_too_little_of_is_left_at_once() -> None:
+    objective = Objective(latency_p95_ms=900)
+    tables = made(exits=False)
+    decided = fresh(tables, known(1e6, fps=15), objective)
+    wanted = decided.frame_bytes * 15
+    held = plan(tables, known(wanted, fps=15), objective, 1000, decided, budget_ms=BUDGET_MS)
+    assert held.index == decided.index, "nine tenths are no reason"
+    after = plan(tables, known(wanted * 0.7, fps=15), objective, 1000, decided, budget_ms=BUDGET_MS)
+    assert after.index != decided.index
+    assert after.reason == "goodput"
+    assert after.frame_bytes < decided.frame_bytes
+    speed = wanted * 8 / 1000
+    assert f"{speed:,.0f} kbit/s would go up, the link carries {0.7 * speed:,.0f}" in after.why
+
+
+def test_stalls_are_no_reason_to_send_nothing() -> None:
+    objective = Objective(latency_p95_ms=900)
+    stalled = known(1e6)
+    stalled = replace(stalled, link=replace(stalled.link, jitter_ms=3000.0))
+    decided = fresh(TABLES, stalled, objective)
+    assert decided.candidate.way is not None
+    assert decided.kept
+    assert decided.latency_ms == 900, "the local exit answers at the limit"
+    assert fresh(TABLES, stalled, Objective()).latency_ms == BUDGET_MS
+
+
+def test_a_probe_looks_no_further_than_may_be_hoped() -> None:
+    tables = made(exits=False)
+    objective = Objective(latency_p95_ms=900)
+    narrow = known(20e3, fps=15)
+    decided = fresh(tables, narrow, objective)
+    for hope, found in ((21e3, False), (1e6, True)):
+        now = replace(narrow, link=replace(narrow.link, hope=hope))
+        tried = probe(tables, now, objective, decided, budget_ms=BUDGET_MS, limits=Limits())
+        assert (tried is not None) == found
+
+
 def test_a_better_link_is_believed_after_a_while_and_a_regret_makes_it_longer() -> None:
     tables = made(exits=False)
     objective = Objective(latency_p95_ms=400)
