@@ -13,8 +13,7 @@ from runtime.pilot import Pilot
 from runtime.plan_tables import Tables
 from tests.planner_bundle import planned
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from planner_world import Link, Tally, World, run
 from scenario_figures import settled_s
@@ -82,7 +81,8 @@ def test_every_frame_ends_in_one_way() -> None:
 
 def test_the_link_carries_what_its_rate_allows() -> None:
     trace = scenario.parse('[[phase]]\nrate = "80kbit"\nduration = "20s"\n[link]\ndelay = "50ms"')
-    link, now_s, arrived = Link(trace, 0), 0.0, []
+    link, now_s = Link(trace, 0), 0.0
+    arrived: list[tuple[float, int]] = []
     for number in range(10):
         link.put(0, number, 10_000)
     while len(arrived) < 10:
