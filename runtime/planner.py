@@ -282,7 +282,8 @@ def _uncarried(tables: Tables, said: Predictions, here: int, there: int, known: 
     """Sentence of a move away from what the link cannot carry."""
     change, speed = _change(tables.candidates[here], tables.candidates[there]), (known.link.goodput or 0.0) * 8 / 1000
     wanted = said.frame_bytes[here] * known.frames_per_second * 8 / 1000
-    return f"{change}: {wanted:,.0f} kbit/s would go up, the link carries {speed:,.0f}"
+    other = known.other_bytes * 8 / 1000
+    return f"{change}: {wanted:,.0f} kbit/s would go up, {other:,.0f} beside frames, the link carries {speed:,.0f}"
 
 
 def _change(here: Candidate, there: Candidate) -> str:
