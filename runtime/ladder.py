@@ -69,6 +69,10 @@ class Ladder:
         """A frame that went up was answered, or not in time."""
         self._recent.append((now_ns, late))
 
+    def moved(self) -> None:
+        """Another plan is in force: what was late under the one before says nothing of it."""
+        self._recent.clear()
+
     def step(
         self, now_ns: int, *, lost: str | None, board: Board | None, bytes_now: float, goodput: float | None = None
     ) -> Limits:

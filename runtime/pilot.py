@@ -225,6 +225,7 @@ class Pilot:
         )
         moved = self.decision.index != before.index
         if moved:
+            self._ladder.moved()
             self._reach_ns, self._reach_ms = now_ns + round(FIRST_REACH_MS * 1e6), FIRST_REACH_MS
         return moved
 
@@ -248,19 +249,19 @@ class Pilot:
     def full(self, now_ns: int) -> bool:
         """Whether more is on its way than drains soon, or more frames than come within the limit.
 
-        Nor does anything go up after a silence that is longer than TCP needs to mend one loss: the link may have become
-        slow, and then whatever waits already is too much.
+        Nor does anything go up behind what is late already, or after a silence that is longer than TCP needs to mend one
+        loss: the link may have become slow, and then whatever waits is too much.
         """
         waiting = {sent_ns: frame for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns}
         if len(waiting) < LEAST_FLYING:
             return False
         link = self.known.link
         since_ns = max(self._heard_ns, next(iter(waiting)))
-        if (now_ns - since_ns) / 1e6 > QUIET_MS + (link.rtt_ms or self.limit_ms):
+        quiet = (now_ns - since_ns) / 1e6 > QUIET_MS + (link.rtt_ms or self.limit_ms)
+        if quiet or next(iter(waiting.values())).missed:
             return True
-        alive = sum(not frame.missed for frame in waiting.values())
         most = LIGHT_SHARE * self.limit_ms / 1000 * (link.goodput or START_GOODPUT)
-        too_many = alive > math.ceil(self.known.frames_per_second * self.limit_ms / 1000)
+        too_many = len(waiting) > math.ceil(self.known.frames_per_second * self.limit_ms / 1000)
         return too_many or sum(frame.size for frame in waiting.values()) > most
 
     def probing(self, now_ns: int, *, connected: bool = True) -> Probe | None:

@@ -45,6 +45,16 @@ def test_late_frames_step_down_one_rung_after_the_other_and_calm_leads_back() ->
     assert step(steps, 12.5).rung == "full"
 
 
+def test_what_was_late_under_another_plan_is_no_reason() -> None:
+    steps = ladder()
+    for at in (1.0, 1.1):
+        steps.sent(round(at * SECOND), late=True)
+    steps.moved()
+    assert step(steps, 1.2) == Limits()
+    steps.sent(round(1.3 * SECOND), late=True)
+    assert step(steps, 1.4) == Limits()
+
+
 def test_one_stall_of_a_quick_stream_is_no_reason_and_lasting_lateness_is() -> None:
     steps = ladder()
     for n in range(90):  # 15 a second; those of a third of a second are held up together

@@ -205,6 +205,21 @@ def test_what_drains_soon_may_wait_through_a_stall_but_not_through_a_long_silenc
         flown.sent((now + extra) * MS, 10, WAY, encode_ms=3.0)
     assert not flown.full((now + 900) * MS)
     assert flown.full((now + 1150) * MS)
+    flown.replied((now + 520) * MS, (now + 1160) * MS, NODE, late=True)
+    assert not flown.full((now + 1161) * MS)
+
+
+def test_nothing_goes_up_behind_what_is_late() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    for extra in (1, 2, 3):
+        flown.sent((now + extra) * MS, 10, WAY, encode_ms=3.0)
+    flown.replied((now + 1) * MS, (now + 400) * MS, NODE)
+    assert not flown.full((now + 401) * MS)
+    flown.missed((now + 2) * MS, (now + 402) * MS)
+    assert flown.full((now + 403) * MS)
+    flown.replied((now + 3) * MS, (now + 410) * MS, NODE)
+    assert not flown.full((now + 411) * MS)
 
 
 @pytest.mark.parametrize("cameras", [1, 2, 3])
