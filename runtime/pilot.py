@@ -249,8 +249,8 @@ class Pilot:
     def full(self, now_ns: int) -> bool:
         """Whether more is on its way than drains soon, or more frames than come within the limit.
 
-        Nor does anything go up behind what is late already, or after a silence that is longer than TCP needs to mend one
-        loss: the link may have become slow, and then whatever waits is too much.
+        Nor does anything go up behind what is late already, or after a silence longer than TCP needs to mend one loss:
+        the link may have become slow, and then whatever waits is too much.
         """
         waiting = {sent_ns: frame for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns}
         if len(waiting) < LEAST_FLYING:
