@@ -76,6 +76,8 @@ class GoodputFilter:
 
     def beside(self, at_ms: float, size: int) -> None:
         """So many bytes have gone up that nobody answers."""
+        if self._sent and not self._sent[-1][2]:
+            at_ms, size = self._sent[-1][0], size + self._sent.pop()[1]
         self._sent.append((at_ms, size, False))
 
     def withdrawn(self) -> None:
@@ -129,8 +131,8 @@ class GoodputFilter:
     def estimate(self) -> tuple[float, float, float]:
         """Goodput to plan with, and to hope for, bytes a second; and the round trip of a message of no bytes, in ms."""
         if self._estimate is None:
-            below = np.cumsum(self._belief)
-            careful, hopeful = np.interp((CAREFUL, HOPEFUL), (below - 0.5 * self._belief) / below[-1], LOGS)
+            belief = self._belief.tolist()
+            careful, hopeful = _quantile(belief, CAREFUL), _quantile(belief, HOPEFUL)
             largest = max(BURST_BYTES, max(self._sizes, default=0))
             goodput = min(math.exp(careful), largest / TELLS_MS * 1000)
             self._place = _place(goodput)
@@ -173,14 +175,26 @@ class GoodputFilter:
 
     def _learn(self, late_ms: Floats) -> None:
         """Weigh each goodput by how well it foretold an answer."""
-        noise_ms = self._noise_ms
-        usual = math.log((1 - STALL_SHARE) / (2 * noise_ms))
+        # Logarithms, but for what all have in common; early, else as usual or stalled.
+        stalled = math.log(STALL_SHARE / STALL_MS) - math.log((1 - STALL_SHARE) / (2 * self._noise_ms))
         late_ms = np.minimum(late_ms, MOST_MS)
-        late = np.maximum(usual - late_ms / noise_ms, math.log(STALL_SHARE / STALL_MS) - late_ms / STALL_MS)
-        told = np.where(late_ms >= 0, late, usual + late_ms / EARLY_MS)
+        late = np.maximum(late_ms * (-1 / self._noise_ms), stalled - late_ms * (1 / STALL_MS))
+        told = np.minimum(late_ms * (1 / EARLY_MS), late)
         told = np.maximum(told - told.max(), UNLIKELY)
-        self._belief = self._belief * np.exp(told)
-        self._belief /= self._belief.sum()
+        self._belief *= np.exp(told)
+        self._belief *= 1 / float(self._belief.sum())
+
+
+def _quantile(belief: list[float], share: float) -> float:
+    """The logarithm of the goodput below which so much of the belief lies; between two of the grid in proportion."""
+    below = before = 0.0
+    for place, one in enumerate(belief):
+        middle = below + one / 2
+        if middle >= share:
+            part = (share - before) / (middle - before) if place else 1.0
+            return LOGS_FROM + (place - 1 + part) * LOGS_STEP
+        below, before = below + one, middle
+    return LOGS_FROM + (len(belief) - 1) * LOGS_STEP
 
 
 def _place(goodput: float) -> int:

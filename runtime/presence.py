@@ -13,6 +13,7 @@ import onnxruntime
 
 from runtime.counters import Counters
 from runtime.link import Lane, Link
+from runtime.memory import give_back
 from runtime.topics import Subtree
 
 
@@ -42,7 +43,7 @@ class Presence:
         link.on_connect(self._announce)
 
     def tell(self, statuses: Iterable[tuple[str, str]] = ()) -> None:
-        """Publish what is due: statuses, by camera, that have changed, and the counters."""
+        """Publish what is due: statuses, by camera, that have changed, and the counters; and free memory with these."""
         for camera, status in statuses if self._link.connected else ():
             if self._statuses.get(camera) != status:
                 self._statuses[camera] = status
@@ -52,6 +53,7 @@ class Presence:
         if time.monotonic() >= self._next_stats_s:
             self._next_stats_s += self._stats_interval_s
             self._publish_stats()
+            give_back()
 
     def leave(self, statuses: Iterable[tuple[str, str]] = ()) -> None:
         """Publish the last statuses and counters, and that this tier goes."""

@@ -47,7 +47,7 @@ LAYERS = (
         "shared_frames",
         "segment",
         "link",
-        "credentials",
+        *("credentials", "memory"),
         *("send_queue", "heartbeat", "reconnect", "mqtt_client", "mqtt_limits", "mqtt_outgoing", "metered"),
         *("dialing", "self_pipe"),
     },

@@ -146,11 +146,11 @@ def test_frames_that_later_ones_overtook_step_nothing_down() -> None:
 def test_nothing_new_is_not_thought_about_again_for_a_while() -> None:
     flown = pilot()
     now = talk(flown, 1000, 8)
-    flown.step((now + 300) * MS)
+    flown.step((now + 500) * MS)
     known = flown.known
-    flown.step((now + 540) * MS)
+    flown.step((now + 890) * MS)
     assert flown.known is known
-    flown.step((now + 551) * MS)
+    flown.step((now + 901) * MS)
     assert flown.known is not known
 
 
