@@ -50,7 +50,7 @@ class GoodputFilter:
     """Learns from what goes up and what comes back. The caller keeps its calls in one thread at a time."""
 
     def __init__(self) -> None:
-        self._belief = PRIOR.copy()
+        self._belief = PRIOR.copy()  # in proportion
         self._free_ms = np.full(STEPS, -math.inf)  # when each pipe is free for the next frame that is not answered yet
         self._rtt_ms = np.full(STEPS, math.inf)  # the shortest lately
         # What has gone up since the last frame that was answered: when, bytes, and whether it is a frame.
@@ -90,48 +90,45 @@ class GoodputFilter:
         self._sent.clear()
         self._free_ms = np.full(STEPS, -math.inf)
         self._passed_ms = -math.inf
-        self._belief = 0.5 * self._belief + 0.5 * PRIOR
+        self._belief = 0.5 / float(self._belief.sum()) * self._belief + 0.5 * PRIOR
         self._estimate = None
 
     def passed(self, sent_ms: float, at_ms: float) -> None:
         """The answer to the frame that went up at `sent_ms` came; the node's own time is taken off `at_ms`."""
         if self._answers:
             self._forget(at_ms)
-        else:
-            self._forgot_ms = at_ms
         done_ms = self._free_ms
-        found = False
-        while self._sent and self._sent[0][0] <= sent_ms and not found:
+        waited: NDArray[np.bool_] | None = None
+        while self._sent and self._sent[0][0] <= sent_ms and waited is None:
             when_ms, size, frame = self._sent.popleft()
-            waited = done_ms > when_ms
+            if frame and when_ms == sent_ms:
+                waited = done_ms > when_ms
             done_ms = np.maximum(done_ms, when_ms - BURST_MS) + size * MS_PER_BYTE
-            found = frame and when_ms == sent_ms
-        if not found:  # later ones were answered before it
+        if waited is None:  # later ones were answered before it
             self._free_ms = done_ms
             return
-        out_ms = np.maximum(done_ms, sent_ms)
-        trip_ms = np.maximum(at_ms - out_ms, 0.0)
-        rtt_ms = np.where(np.isfinite(self._rtt_ms), self._rtt_ms, trip_ms)
-        due_ms = out_ms + rtt_ms
-        late_ms = at_ms - np.maximum(due_ms, self._passed_ms)
-        self._learn(late_ms)
-        best = int(np.argmax(self._belief))
-        # Two thirds of the answers are within it: stalls, as few as they are, do not widen it.
-        self._noise_ms *= 1.1 if abs(float(late_ms[best])) > self._noise_ms else 0.95
-        self._noise_ms = min(MOST_NOISE_MS, max(LEAST_NOISE_MS, self._noise_ms))
-        self._late_ms[self._answers % LOOKED_BACK] = at_ms - due_ms
+        trip_ms = at_ms - np.maximum(done_ms, sent_ms)
+        if not self._answers:
+            self._rtt_ms, self._forgot_ms = np.maximum(trip_ms, 0.0), at_ms
+        rtt_ms = self._rtt_ms
+        late_ms = trip_ms - rtt_ms
+        self._late_ms[self._answers % LOOKED_BACK] = late_ms
         self._at_ms[self._answers % LOOKED_BACK] = at_ms
+        off_ms = self._learn(np.minimum(late_ms, min(MOST_MS, at_ms - self._passed_ms)))
+        # Two thirds of the answers are within it: stalls, as few as they are, do not widen it.
+        noise_ms = self._noise_ms * (1.1 if off_ms > self._noise_ms else 0.95)
+        self._noise_ms = min(MOST_NOISE_MS, max(LEAST_NOISE_MS, noise_ms))
         self._answers += 1
         self._sizes.append(size)
         self._passed_ms = max(self._passed_ms, at_ms)
         self._free_ms = np.minimum(done_ms, at_ms - rtt_ms)
-        self._rtt_ms = np.where(waited, rtt_ms, np.minimum(rtt_ms + RISE_MS, trip_ms))
+        self._rtt_ms = np.where(waited, rtt_ms, np.minimum(rtt_ms + RISE_MS, np.maximum(trip_ms, 0.0)))
         self._estimate = None
 
     def estimate(self) -> tuple[float, float, float]:
         """Goodput to plan with, and to hope for, bytes a second; and the round trip of a message of no bytes, in ms."""
         if self._estimate is None:
-            belief = self._belief.tolist()
+            belief = (self._belief * (1 / float(self._belief.sum()))).tolist()
             careful, hopeful = _quantile(belief, CAREFUL), _quantile(belief, HOPEFUL)
             largest = max(BURST_BYTES, max(self._sizes, default=0))
             goodput = min(math.exp(careful), largest / TELLS_MS * 1000)
@@ -168,21 +165,21 @@ class GoodputFilter:
         best = int(np.argmax(self._belief))
         kept = math.exp(-since_ms / FORGOTTEN_MS)
         anew = (1 - kept) * PRIOR
-        self._belief = kept * self._belief + anew
+        self._belief = (kept / float(self._belief.sum())) * self._belief + anew
         anew /= self._belief
         # Upwards only: those who expect a long way themselves may be right that it has become longer.
         self._rtt_ms += anew * np.maximum(self._rtt_ms[best] - self._rtt_ms, 0.0)
 
-    def _learn(self, late_ms: Floats) -> None:
-        """Weigh each goodput by how well it foretold an answer."""
-        # Logarithms, but for what all have in common; early, else as usual or stalled.
+    def _learn(self, late_ms: Floats) -> float:
+        """Weigh each goodput by how well it foretold an answer. Returns how far off the likeliest one was, in ms."""
+        # Logarithms, but for what all have in common: early, else as usual or stalled.
         stalled = math.log(STALL_SHARE / STALL_MS) - math.log((1 - STALL_SHARE) / (2 * self._noise_ms))
-        late_ms = np.minimum(late_ms, MOST_MS)
         late = np.maximum(late_ms * (-1 / self._noise_ms), stalled - late_ms * (1 / STALL_MS))
         told = np.minimum(late_ms * (1 / EARLY_MS), late)
-        told = np.maximum(told - told.max(), UNLIKELY)
-        self._belief *= np.exp(told)
-        self._belief *= 1 / float(self._belief.sum())
+        self._belief *= np.exp(np.maximum(told - told.max(), UNLIKELY))
+        best = int(self._belief.argmax())
+        self._belief *= 1 / float(self._belief[best])
+        return abs(float(late_ms[best]))
 
 
 def _quantile(belief: list[float], share: float) -> float:
