@@ -36,6 +36,7 @@ UNLIKELY = -9.0  # natural logarithm: no answer speaks more against a goodput
 CAREFUL, HOPEFUL = 0.3, 0.8  # quantiles: that is planned with, and for which it is worth to try
 LOOKED_BACK, FEW, RECENT_MS = 48, 3, 4000.0  # answers looked back at: at most, at least, and of how long
 JITTER = 0.9  # quantile
+FOLLOWED = 256  # sent and not answered: so many are followed, as where nobody answers there is no end of them
 
 GRID: Floats = np.geomspace(LEAST, MOST, STEPS)
 LOGS: Floats = np.log(GRID)
@@ -54,7 +55,7 @@ class GoodputFilter:
         self._free_ms = np.full(STEPS, -math.inf)  # when each pipe is free for the next frame that is not answered yet
         self._rtt_ms = np.full(STEPS, math.inf)  # the shortest lately
         # What has gone up since the last frame that was answered: when, bytes, and whether it is a frame.
-        self._sent: deque[tuple[float, int, bool]] = deque()
+        self._sent: deque[tuple[float, int, bool]] = deque(maxlen=FOLLOWED)
         self._passed_ms = -math.inf  # when that answer was here
         self._forgot_ms = -math.inf
         self._noise_ms = 2 * LEAST_NOISE_MS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.goodput import BURST_BYTES, LEAST, MOST, TELLS_MS, GoodputFilter
+from runtime.goodput import BURST_BYTES, FOLLOWED, LEAST, MOST, TELLS_MS, GoodputFilter
 
 RTT_MS = 120.0
 
@@ -141,6 +141,13 @@ def test_a_frame_that_did_not_go_up_after_all_takes_no_time() -> None:
     known.beside(end_ms + 999, 10)
     known.withdrawn()
     assert known.passes_ms(end_ms + 1000, 3000, 1e5) == pytest.approx(alone_ms, abs=1)
+
+
+def test_where_nobody_answers_only_the_last_frames_are_followed() -> None:
+    known = GoodputFilter()
+    for number in range(1000):
+        known.sent(float(number), 10_000)
+    assert known.passes_ms(1000.0, 0, 1e5) <= FOLLOWED * 100
 
 
 def test_another_connection_has_nothing_on_its_way() -> None:
