@@ -27,7 +27,7 @@ LEAST, MOST, STEPS = 2e3, 12.5e6, 44  # bytes a second
 USUAL, SPREAD = 250e3, 1.5  # of the prior: its middle, and its standard deviation in natural logarithms
 BURST_BYTES = 1500  # that a link lets through at once after a pause, as shapers do; a full packet
 FORGOTTEN_MS, FORGETS_MS = 40_000.0, 200.0  # in which all but 1/e of what was learned is forgotten; at how long steps
-RISE_MS = 5.0  # by which the shortest round trip is forgotten with each answer
+RISE, MOST_RISE_MS = 0.075, 100.0  # by which share of the time the shortest round trip rises; with an answer at most
 STALL_SHARE, STALL_MS, MOST_MS = 0.08, 350.0, 2000.0  # of answers; how late on average; later tells nothing more
 TELLS_MS = 8.0  # a frame that takes less than this tells nothing of how fast the link is
 EARLY_MS = 12.0
@@ -57,7 +57,7 @@ class GoodputFilter:
         # What has gone up since the last frame that was answered: when, bytes, and whether it is a frame.
         self._sent: deque[tuple[float, int, bool]] = deque(maxlen=FOLLOWED)
         self._passed_ms = -math.inf  # when that answer was here
-        self._forgot_ms = -math.inf
+        self._asked_ms = self._forgot_ms = -math.inf  # when the frame last answered went up; when last was forgotten
         self._noise_ms = 2 * LEAST_NOISE_MS
         self._late_ms = np.zeros((LOOKED_BACK, STEPS))  # of recent answers, in a ring: how late by each goodput
         self._at_ms = np.zeros(LOOKED_BACK)  # when they came
@@ -83,8 +83,9 @@ class GoodputFilter:
 
     def withdrawn(self) -> None:
         """The frame that was said to go up last did not."""
-        place = max(place for place, (_, _, frame) in enumerate(self._sent) if frame)
-        del self._sent[place]
+        place = max((place for place, (_, _, frame) in enumerate(self._sent) if frame), default=None)
+        if place is not None:
+            del self._sent[place]
 
     def reconnected(self) -> None:
         """All that was on its way is gone, and the link may be another one."""
@@ -110,7 +111,7 @@ class GoodputFilter:
             return
         trip_ms = at_ms - np.maximum(done_ms, sent_ms)
         if not self._answers:
-            self._rtt_ms, self._forgot_ms = np.maximum(trip_ms, 0.0), at_ms
+            self._rtt_ms, self._forgot_ms, self._asked_ms = np.maximum(trip_ms, 0.0), at_ms, sent_ms
         rtt_ms = self._rtt_ms
         late_ms = trip_ms - rtt_ms
         self._late_ms[self._answers % LOOKED_BACK] = late_ms
@@ -121,9 +122,12 @@ class GoodputFilter:
         self._noise_ms = min(MOST_NOISE_MS, max(LEAST_NOISE_MS, noise_ms))
         self._answers += 1
         self._sizes.append(size)
+        # By the time between frames, not answers: a stall makes no way longer.
+        rise_ms = max(0.0, min(MOST_RISE_MS, RISE * (sent_ms - self._asked_ms)))
+        self._asked_ms = sent_ms
         self._passed_ms = max(self._passed_ms, at_ms)
         self._free_ms = np.minimum(done_ms, at_ms - rtt_ms)
-        self._rtt_ms = np.where(waited, rtt_ms, np.minimum(rtt_ms + RISE_MS, np.maximum(trip_ms, 0.0)))
+        self._rtt_ms = np.where(waited, rtt_ms, np.minimum(rtt_ms + rise_ms, np.maximum(trip_ms, 0.0)))
         self._estimate = None
 
     def estimate(self) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ LEAST_FLYING = 2  # frames that may be on their way at any rate
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
 PLAN_MS = 400.0  # between two plans where nothing happened that cannot wait
 LEARNED = 20  # comparisons with answers from above before a local exit's agreement counts as known
+ALONE_MARGIN = 0.97  # of the limit, for a frame that has none before it
 QUIET_MS = 500.0  # of silence beyond a round trip
 LIGHT_SHARE = 0.7  # of what the link carries within the limit: on its way
 UNSURE = 15  # frames: who comes and goes makes bursts of those that no exit answers
@@ -83,6 +84,7 @@ class Pilot:
         self._beside_bytes = 0
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
+        self._held_ns = 0
         self.known = self._estimates(0)
         self.decision: Decision = plan(tables, self.known, objective, 0, None, budget_ms=budget_ms)
 
@@ -103,8 +105,7 @@ class Pilot:
         self._work.took({encode_stage(way): encode_ms}, now_ns)
         self._flying[now_ns] = _Flying(size, way, probe)
         self._link.sent(now_ns, size)
-        while next(iter(self._flying)) < now_ns - STALE_NS:
-            self._flying.popitem(last=False)
+        self._evict(now_ns)
         self._silent_ns = now_ns + round(self._silent_ms * 1e6)
         usual = self.tables.size(way)
         if usual is not None and not probe:
@@ -114,8 +115,9 @@ class Pilot:
 
     def withdrawn(self) -> None:
         """What was said to go up last did not."""
-        self._flying.popitem()
-        self._link.withdrawn()
+        if self._flying:  # else the connection has become another one meanwhile
+            self._flying.popitem()
+            self._link.withdrawn()
 
     def replied(self, sent_ns: int, now_ns: int, timings: Mapping[str, float] | None, *, late: bool = False) -> None:
         """A word came for the frame that went up at `sent_ns`; without timings it was a refusal."""
@@ -124,12 +126,12 @@ class Pilot:
         self._silent_ms = FIRST_PROBE_MS
         lost = self._link.lost
         self._news |= lost or late
-        if frame is None or timings is None:
+        if timings is None:
             self._link.heard(sent_ns, now_ns)
             return
         self._news |= self._link.replied(sent_ns, now_ns, sum(timings.values()))
         self._above.took(node_stages(timings), now_ns)
-        if self._tells(sent_ns, frame) and not frame.missed:
+        if frame is not None and self._tells(sent_ns, frame) and not frame.missed:
             self._ladder.sent(now_ns, late=late)
 
     def missed(self, sent_ns: int, now_ns: int) -> None:
@@ -145,6 +147,11 @@ class Pilot:
         # One that later ones overtook was lost, which is foreseen: it is in the link's share of losses.
         if self._tells(sent_ns, frame) and sent_ns > self._answered_ns:
             self._ladder.sent(now_ns, late=True)
+
+    def _evict(self, now_ns: int) -> None:
+        """Forget what has been on its way for too long."""
+        while self._flying and next(iter(self._flying)) < now_ns - STALE_NS:
+            self._flying.popitem(last=False)
 
     def _tells(self, sent_ns: int, frame: _Flying) -> bool:
         """Whether a frame's lateness speaks against the plan in force: it went up by that plan."""
@@ -204,6 +211,7 @@ class Pilot:
             max_packet_bytes: the largest message that the broker takes; None: any.
         """
         self._overdue(now_ns)
+        self._evict(now_ns)
         self._max_packet_bytes = math.inf if max_packet_bytes is None else float(max_packet_bytes)
         seen = connected, board, max_packet_bytes
         if not self._news and seen == self._seen and now_ns - self._planned_ns < PLAN_MS * 1e6:
@@ -244,7 +252,12 @@ class Pilot:
 
     def too_late(self, now_ns: int, captured_ns: int) -> bool:
         """Whether an answer from above would come after the limit on its age, or too near to it."""
-        return self.arrival_ms(now_ns, captured_ns) > LATENCY_MARGIN * self.limit_ms
+        # The margin is for what waits in the pipe; the plan has looked at the rest.
+        margin = LATENCY_MARGIN if any(sent_ns > self._answered_ns for sent_ns in self._flying) else ALONE_MARGIN
+        late = self.arrival_ms(now_ns, captured_ns) > margin * self.limit_ms
+        if late:
+            self._held_ns = now_ns
+        return late
 
     def full(self, now_ns: int) -> bool:
         """Whether more is on its way than drains soon, or more frames than come within the limit.
@@ -253,8 +266,8 @@ class Pilot:
         the link may have become slow, and then whatever waits is too much.
         """
         waiting = {sent_ns: frame for sent_ns, frame in self._flying.items() if sent_ns > self._answered_ns}
-        if len(waiting) < LEAST_FLYING:
-            return False
+        if len(waiting) < LEAST_FLYING or self._link.lost:
+            return False  # of a lost link the plan is that nothing goes up, but for what asks whether it is back
         link = self.known.link
         since_ns = max(self._heard_ns, next(iter(waiting)))
         quiet = (now_ns - since_ns) / 1e6 > QUIET_MS + (link.rtt_ms or self.limit_ms)
@@ -293,12 +306,12 @@ class Pilot:
         )
         if found is None or found.way is None:
             return None
-        self._reach_ns = now_ns + round(self._spaced(found.way, self._reach_ms) * 1e6)
+        self._reach_ns = now_ns + round(_spread(self._spaced(found.way, self._reach_ms), now_ns) * 1e6)
         return Probe(found, copy=False)
 
     def _worth(self) -> bool:
         """Whether there is a link so good that something would go up, were nothing else in the way."""
-        known = replace(self.known, link=IDEAL)
+        known = replace(self.known, link=IDEAL, node_ms={})
         best = plan(self.tables, known, self.objective, 0, None, budget_ms=self._budget_ms)
         return best.candidate.way is not None
 
@@ -311,8 +324,11 @@ class Pilot:
 
     def _unheard(self, now_ns: int) -> bool:
         """Whether what is known of the link is old, as when all frames were too late to go up."""
-        return self.known.link.age_ms > self._silent_ms and not any(
-            sent_ns > now_ns - self._silent_ms * 1e6 for sent_ns in self._flying
+        waits = self._held_ns > self._heard_ns or any(sent_ns > self._answered_ns for sent_ns in self._flying)
+        return (
+            waits
+            and self.known.link.age_ms > self._silent_ms
+            and not any(sent_ns > now_ns - self._silent_ms * 1e6 for sent_ns in self._flying)
         )
 
     def _estimates(self, now_ns: int) -> Estimates:
@@ -322,7 +338,7 @@ class Pilot:
             link=self._link.estimate(now_ns),
             stage_ms=stages,
             node_ms=above,
-            frames_per_second=sum(one.per_second or 0.0 for one in self._frames.values()) or 10.0,
+            frames_per_second=sum(one.per_second(now_ns) or 0.0 for one in self._frames.values()) or 10.0,
             unsure_share=sum(self._unsure) / UNSURE,
             other_bytes=self.other_bytes,
             max_packet_bytes=self._max_packet_bytes,
@@ -334,6 +350,11 @@ class Pilot:
                 cut: sum(alike) / len(alike) for cut, alike in self._alike.items() if len(alike) >= LEARNED
             },
         )
+
+
+def _spread(ms: float, now_ns: int) -> float:
+    """A quarter less to a quarter more, by the last digits of the clock: so that devices do not all probe at once."""
+    return ms * (0.75 + 0.5 * (now_ns // 1000 % 1000) / 1000)
 
 
 SILENT = Limits(sends=False)

@@ -122,6 +122,8 @@ def plan(
         f"{_figures(safe, said, known, objective, budget_ms)}, {_figures(here, said, known, None, budget_ms)} before"
     )
     decided = _decide(tables, said, safe, levels, limits, "better", why, now_ns)
+    if said.frame_bytes[safe] < said.frame_bytes[here]:  # one taken back, if it was lately that more bytes were better
+        return replace(decided, hold_ms=_held_ms(current, now_ns))
     return replace(decided, hold_ms=hold_ms, risen_ns=now_ns)
 
 

@@ -79,10 +79,10 @@ class Steering:
         self._thermals = Thermals()
         self._board: Board | None = None
         self._board_s = 0.0
-        self._computed_ns, self._answers, self._was_connected = 0, 0, False
+        self._computed_ns, self._answers = 0, 0
         if config.objective is not None:
             self._pilot = self._plan(config.objective)
-            link.on_connect(self._publish)
+            link.on_connect(self._connected)
 
     @property
     def uplink(self) -> tuple[str, int] | None:
@@ -104,9 +104,6 @@ class Steering:
             self._board_s = time.monotonic() + BOARD_S
             self._board = self._thermals.read()
         with self._lock:
-            if connected and not self._was_connected:
-                self._pilot.reconnected()
-            self._was_connected = connected
             before = self._pilot.decision
             now_ns = time.monotonic_ns()
             self._pilot.beside(now_ns, self._link.beside)
@@ -150,7 +147,11 @@ class Steering:
             if found is None:
                 return None
             self._counters.add("planner_probes_total", way=found.candidate.words())
-            return replace(self._courses[found.candidate], only=True, local="copy" if found.copy else None)
+            course = replace(self._courses[found.candidate], only=True)
+            if not found.copy:
+                return course
+            # What an early exit answered would not go up.
+            return replace(course, local="copy", policy=ExitPolicy.of(course.promised, early=False))
 
     def held(self, captured_ns: int) -> str | None:
         """Why a frame does not go up now: its answer would come after the limit on its age; None: it does."""
@@ -261,6 +262,13 @@ class Steering:
             "rtt_ms": None if link.rtt_ms is None else round(link.rtt_ms, 1),
             "loss_ratio": round(link.loss_ratio, 4),
         }
+
+    def _connected(self) -> None:
+        """The connection is another one, on the link's thread."""
+        assert self._pilot is not None, "else nobody asked to be told"
+        with self._lock:
+            self._pilot.reconnected()
+        self._publish()
 
     def _publish(self) -> None:
         self._link.publish(self._topics.plan, msgspec.json.encode(self.told()), qos=1, retain=True, lane=Lane.EVENTS)

@@ -9,6 +9,8 @@ import math
 from collections import deque
 from collections.abc import Mapping
 
+GONE_MS, GONE_GAPS = 5000.0, 5.0  # without a frame: a camera does not count any more
+
 
 class Window:
     """The last values of one quantity, with quantiles. An age says whether they still mean something."""
@@ -91,8 +93,9 @@ class RateEstimator:
             self._gaps.add((now_ns - self._last_ns) / 1e9, now_ns)
         self._last_ns = now_ns
 
-    @property
-    def per_second(self) -> float | None:
-        """None: not known yet."""
+    def per_second(self, now_ns: int) -> float | None:
+        """None: not known yet, or none has come for long."""
         gap_s = self._gaps.quantile(0.5)
-        return None if gap_s is None or gap_s <= 0 else 1 / gap_s
+        if gap_s is None or gap_s <= 0 or self._gaps.age_ms(now_ns) > max(GONE_MS, GONE_GAPS * gap_s * 1000):
+            return None
+        return 1 / gap_s

@@ -25,6 +25,7 @@ WINDOW = 12  # frames that may wait, whoever sends
 SLOW_SHARE, SLOW_MS = 0.05, 40.0  # of frames, that wait for a processor here or above, and how long on average
 ANSWERED_BY = 0.97  # of the limit, as on a device
 GONE_S, BACK_S = 6.0, 1.2  # into an outage and behind it: the connection counts as dead, and there is a new one
+AGAIN, AGAIN_HZ = 80, 20.0  # events that go again with a new connection, and how many a second
 UP, DOWN = 0, 1
 
 
@@ -209,6 +210,8 @@ class _Run:
             self._connected = not gone
             if not gone:
                 self._link = Link(self._world.scenario, self._world.seed + 1000)
+                for number in range(AGAIN):
+                    self._at(now_s + number / AGAIN_HZ, "event", -1)
                 if self._pilot is not None:
                     self._pilot.reconnected()
 
@@ -273,6 +276,9 @@ class _Run:
                     self._at(now_s + abs(self._chance.gauss(0, 0.002)), "reply", number)
 
     def _happen(self, now_s: float, what: str, number: int) -> None:
+        if what == "event":
+            self._result(now_s)
+            return
         sent, pilot = self._sent[number], self._pilot
         if what == "answer":
             self._link.put(DOWN, number, REPLY_BYTES)

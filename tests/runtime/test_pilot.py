@@ -209,6 +209,72 @@ def test_what_drains_soon_may_wait_through_a_stall_but_not_through_a_long_silenc
     assert not flown.full((now + 1161) * MS)
 
 
+def test_a_lost_link_is_never_full_and_what_went_up_long_ago_is_forgotten() -> None:
+    """Else a source that waits would give no frame that could ask whether the link is back."""
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    for extra in (1, 2):
+        flown.sent((now + extra) * MS, 1000, WAY, encode_ms=3.0)
+    assert flown.full((now + 900) * MS)
+    for extra in (1, 2):
+        flown.missed((now + extra) * MS, (now + 900 + extra) * MS)
+    assert flown.known.link.lost or flown.step((now + 910) * MS)
+    assert not flown.full((now + 920) * MS)
+    asked = [at for at in range(now + 920, now + 6000, 20) if flown.probing(at * MS) is not None]
+    assert asked
+    flown.replied(0, (now + 12_000) * MS, None)  # a word that tells nothing but that somebody is there
+    flown.step((now + 12_000) * MS)
+    assert not flown.full((now + 12_001) * MS)
+
+
+def test_a_node_that_was_slow_once_is_asked_again() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    for number in range(40):
+        sent = (now + 100 * number) * MS
+        flown.sent(sent, 1000, WAY, encode_ms=3.0)
+        flown.replied(sent, sent + 2000 * MS, {"edge.decode": 4.0, "edge.segment2": 1800.0}, late=True)
+        flown.step(sent + 2000 * MS)
+    now += 6000
+    flown.step(now * MS)
+    assert flown.decision.candidate.way is None, "such a node is of no use"
+    assert any(flown.probing((now + at) * MS) is not None for at in range(0, 5000, 100))
+
+
+def test_where_frames_are_rare_a_healthy_link_is_not_asked_again_and_again() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    copies = 0
+    for number in range(30):
+        at = now + 1000 * (number + 1)
+        flown.taken(at * MS)
+        flown.step(at * MS)
+        found = flown.probing(at * MS)
+        copies += found is not None and found.copy
+        flown.sent(at * MS, 1000, WAY, encode_ms=3.0)
+        flown.replied(at * MS, (at + 122) * MS, NODE)
+    assert copies == 0
+
+
+def test_a_frame_with_nothing_before_it_may_use_the_limit_but_for_a_little() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    alone_ms = flown.arrival_ms(now * MS, now * MS)
+    captured = now - round(0.92 * flown.limit_ms - alone_ms)
+    assert not flown.too_late(now * MS, captured * MS)
+    flown.sent(now * MS, 10, WAY, encode_ms=3.0)
+    assert flown.too_late(now * MS, captured * MS)
+
+
+def test_what_has_gone_with_its_connection_cannot_be_withdrawn() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    flown.sent(now * MS, 10, WAY, encode_ms=3.0)
+    flown.reconnected()
+    flown.withdrawn()
+    assert not flown.full((now + 1) * MS)
+
+
 def test_nothing_goes_up_behind_what_is_late() -> None:
     flown = pilot()
     now = talk(flown, 1000, 12)

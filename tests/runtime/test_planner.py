@@ -303,6 +303,23 @@ def test_a_better_link_is_believed_after_a_while_and_a_regret_makes_it_longer() 
     assert decided.hold_ms == 1000.0
 
 
+def test_a_better_way_that_is_taken_back_for_fewer_bytes_is_regretted_as_well() -> None:
+    tables = made(exits=False)
+    objective = Objective(latency_p95_ms=900)
+    wide, narrow = known(60e3, fps=15), known(16e3, fps=15)
+    decided = fresh(tables, narrow, objective)
+    for at_ms in (1000, 2500):
+        decided = plan(tables, wide, objective, at_ms * 1_000_000, decided, budget_ms=BUDGET_MS)
+    assert (decided.reason, decided.hold_ms) == ("better", 1000.0)
+    risen = decided
+    just = replace(narrow, link=replace(narrow.link, goodput=risen.frame_bytes * 15 * 0.95))
+    for at_ms in (3000, 4500):
+        decided = plan(tables, just, objective, at_ms * 1_000_000, decided, budget_ms=BUDGET_MS)
+    assert decided.frame_bytes < risen.frame_bytes
+    assert decided.reason == "better"
+    assert decided.hold_ms == 2000.0
+
+
 def test_the_way_back_from_an_outage_is_taken_at_once_however_much_was_regretted() -> None:
     objective = Objective(latency_p95_ms=900)
     away = fresh(TABLES, known(1e5), objective, Limits(rung="local variant only", sends=False))

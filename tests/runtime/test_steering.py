@@ -15,14 +15,17 @@ import pytest
 from runtime import manifest
 from runtime.config import BrokerConfig, CameraConfig, DeviceConfig, NodeConfig
 from runtime.counters import Counters
+from runtime.course import Course
 from runtime.datatypes import Dropped, Result
 from runtime.device import Device
 from runtime.errors import ConfigError
 from runtime.link import open_link
+from runtime.metered import MeteredLink
 from runtime.node import Node
 from runtime.objective import Objective
 from runtime.scenario import Scenario, parse
 from runtime.shaper import Shaper
+from runtime.steering import Steering
 from runtime.topics import Subtree
 from tests.patience import until
 
@@ -137,6 +140,32 @@ def test_nobody_above_then_somebody(
         == len(set(frames))
         == sum(count for name, count in device.counters.snapshot().items() if name.startswith("results_total"))
     )
+
+
+def test_no_early_exit_answers_a_copy_that_asks_whether_the_link_is_back(
+    shared_bundle: Path, photos: Path, memory_broker: BrokerConfig
+) -> None:
+    """It would not go up."""
+    bundle, counters = manifest.load(shared_bundle), Counters()
+    link = MeteredLink(open_link(memory_broker, client_id="cam", counters=counters), counters)
+    config = planning(shared_bundle, memory_broker, photos, Objective(latency_p95_ms=300, deepest_segment=0))
+    steering = Steering(config, bundle, link, Subtree("home", "d", "cam"), counters)
+    link.start()
+    until(lambda: link.connected)
+    assert len(steering.course("front").policy.thresholds) > 1
+    for sent_ns in (1, 2):
+        steering.missed(sent_ns)
+    steering.tick()
+    copies: list[Course] = []
+
+    def asked() -> bool:
+        copies.extend(aside for aside in [steering.aside()] if aside is not None)
+        return bool(copies)
+
+    until(asked)
+    link.close()
+    assert copies[0].copy
+    assert set(copies[0].policy.thresholds) == {bundle.manifest.exits[-1].cut}
 
 
 def test_without_an_objective_nothing_is_planned(
