@@ -85,6 +85,7 @@ class Pilot:
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
         self._held_ns = 0
+        self._tells_ns = 0  # from when on frames went up by the plan in force, with nothing in the pipe from before
         self.known = self._estimates(0)
         self.decision: Decision = plan(tables, self.known, objective, 0, None, budget_ms=budget_ms)
 
@@ -154,8 +155,8 @@ class Pilot:
             self._flying.popitem(last=False)
 
     def _tells(self, sent_ns: int, frame: _Flying) -> bool:
-        """Whether a frame's lateness speaks against the plan in force: it went up by that plan."""
-        return not frame.probe and sent_ns >= self.decision.since_ns
+        """Whether a frame's lateness speaks against the plan in force: it went up by that, behind nothing of others."""
+        return not frame.probe and sent_ns >= self._tells_ns
 
     def _overdue(self, now_ns: int) -> None:
         """Give up early what can only come back too late, as an outage should show before a budget has ended."""
@@ -234,6 +235,8 @@ class Pilot:
         moved = self.decision.index != before.index
         if moved:
             self._ladder.moved()
+            drains_ms = self._link.passes_ms(now_ns, 0, known.link.goodput or START_GOODPUT)
+            self._tells_ns = now_ns + round(drains_ms * 1e6)
             self._reach_ns, self._reach_ms = now_ns + round(FIRST_REACH_MS * 1e6), FIRST_REACH_MS
         return moved
 

@@ -266,6 +266,23 @@ def test_a_frame_with_nothing_before_it_may_use_the_limit_but_for_a_little() -> 
     assert flown.too_late(now * MS, captured * MS)
 
 
+def test_what_waits_behind_an_earlier_plans_frames_speaks_against_no_plan() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12)
+    flown.sent(now * MS, 200_000, WAY, encode_ms=3.0)
+    before = flown.decision.candidate
+    assert flown.step((now + 1) * MS, max_packet_bytes=1000)
+    assert flown.decision.candidate != before
+    way = flown.decision.candidate.way
+    assert way is not None
+    for extra in (10, 20, 30):
+        flown.sent((now + extra) * MS, 500, way, encode_ms=3.0)
+    for extra in (10, 20, 30):
+        flown.replied((now + extra) * MS, (now + 900 + extra) * MS, NODE, late=True)
+    flown.step((now + 940) * MS, max_packet_bytes=1000)
+    assert flown.limits.rung == "full"
+
+
 def test_what_has_gone_with_its_connection_cannot_be_withdrawn() -> None:
     flown = pilot()
     now = talk(flown, 1000, 12)
