@@ -17,12 +17,11 @@ from runtime.plan_rates import Way
 from runtime.plan_tables import Candidate, Estimates, Tables, encode_stage
 from runtime.planner import LATENCY_MARGIN, Decision, plan, probe
 from runtime.thermals import Board
-from runtime.workload import RateEstimator, Window, WorkEstimator, node_stages
+from runtime.workload import ByteRate, RateEstimator, Window, WorkEstimator, node_stages
 
 FIRST_PROBE_MS, SILENT_PROBE_MS = 250.0, 2000.0  # while nothing comes back: spacing doubles from one to the other
 FIRST_REACH_MS, MAX_REACH_MS = 1000.0, 32_000.0  # for something better than what works
 PROBE_SHARE = 0.05  # of the bytes allowed
-BESIDE_NS, LOOKS = 10_000_000_000, 10  # over which the rate of what goes up beside frames is taken
 LEAST_FLYING = 2  # frames that may be on their way at any rate
 STALE_NS = 10_000_000_000  # a frame on its way for so long is on no way any more
 PLAN_MS = 400.0  # between two plans where nothing happened that cannot wait
@@ -80,8 +79,7 @@ class Pilot:
         self._news, self._planned_ns = True, 0
         self._seen: tuple[bool, Board | None, int | None] = True, None, None
         self._max_packet_bytes = math.inf
-        self._beside: deque[tuple[int, int]] = deque(maxlen=LOOKS)
-        self._beside_bytes = 0
+        self._beside = ByteRate()
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
         self._held_ns = 0
@@ -181,19 +179,9 @@ class Pilot:
 
     def beside(self, now_ns: int, total_bytes: int) -> None:
         """All bytes that were ever handed to the link beside frames: results, events and whatever else."""
-        if total_bytes > self._beside_bytes:
-            self._link.beside(now_ns, total_bytes - self._beside_bytes)
-            self._beside_bytes = total_bytes
-        if not self._beside or now_ns - self._beside[-1][0] >= BESIDE_NS / LOOKS:
-            self._beside.append((now_ns, total_bytes))
-
-    @property
-    def other_bytes(self) -> float:
-        """That went up a second beside frames, lately."""
-        if len(self._beside) < 2:
-            return 0.0
-        (first_ns, first), (last_ns, last) = self._beside[0], self._beside[-1]
-        return max(0, last - first) / ((last_ns - first_ns) / 1e9)
+        more = self._beside.counted(now_ns, total_bytes)
+        if more > 0:
+            self._link.beside(now_ns, more)
 
     def step(
         self,
@@ -335,15 +323,13 @@ class Pilot:
         )
 
     def _estimates(self, now_ns: int) -> Estimates:
-        stages = {stage: self._work.ms(stage, WORK_SHARE) or 0.0 for stage in self._work.stages()}
-        above = {stage: self._above.ms(stage) or 0.0 for stage in self._above.stages()}
         return Estimates(
             link=self._link.estimate(now_ns),
-            stage_ms=stages,
-            node_ms=above,
+            stage_ms=self._work.all_ms(WORK_SHARE),
+            node_ms=self._above.all_ms(),
             frames_per_second=sum(one.per_second(now_ns) or 0.0 for one in self._frames.values()) or 10.0,
             unsure_share=sum(self._unsure) / UNSURE,
-            other_bytes=self.other_bytes,
+            other_bytes=self._beside.per_second,
             max_packet_bytes=self._max_packet_bytes,
             bytes_ratio={
                 codec: (sum(means) / len(means), larges.quantile(0.9) or 1.0)

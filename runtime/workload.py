@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 
+LOOKED_NS, LOOKS = 10_000_000_000, 10  # over which a rate of bytes is taken
 GONE_MS, GONE_GAPS = 5000.0, 5.0  # without a frame: a camera does not count any more
 
 
@@ -63,9 +64,9 @@ class WorkEstimator:
         window = self._stages.get(stage)
         return None if window is None else window.quantile(share)
 
-    def stages(self) -> tuple[str, ...]:
-        """All that have been seen."""
-        return tuple(self._stages)
+    def all_ms(self, share: float = 0.5) -> dict[str, float]:
+        """The quantile `share` of the recent times of every stage that has been seen."""
+        return {stage: window.quantile(share) or 0.0 for stage, window in self._stages.items()}
 
 
 def node_stages(timings: Mapping[str, float]) -> dict[str, float]:
@@ -99,3 +100,26 @@ class RateEstimator:
         if gap_s is None or gap_s <= 0 or self._gaps.age_ms(now_ns) > max(GONE_MS, GONE_GAPS * gap_s * 1000):
             return None
         return 1 / gap_s
+
+
+class ByteRate:
+    """Learns how many bytes a second are counted, from looks at a total that may go down again."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[int, int]] = deque(maxlen=LOOKS)
+        self._most = 0
+
+    def counted(self, now_ns: int, total: int) -> int:
+        """Take the total; returns by how much it is more than it ever was."""
+        more, self._most = max(0, total - self._most), max(total, self._most)
+        if not self._looks or now_ns - self._looks[-1][0] >= LOOKED_NS / LOOKS:
+            self._looks.append((now_ns, total))
+        return more
+
+    @property
+    def per_second(self) -> float:
+        """Over the last ten seconds; 0 where that is not known yet."""
+        if len(self._looks) < 2:
+            return 0.0
+        (first_ns, first), (last_ns, last) = self._looks[0], self._looks[-1]
+        return max(0, last - first) / ((last_ns - first_ns) / 1e9)

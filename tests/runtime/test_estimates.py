@@ -187,7 +187,7 @@ def test_work_is_known_by_stage() -> None:
     assert work.ms("segment0") == 6.0
     assert work.ms("segment0", 0.9) == 90.0
     assert work.ms("exit1") is None
-    assert work.stages() == ("segment0",)
+    assert work.all_ms(0.9) == {"segment0": 90.0}
 
 
 def test_frames_a_second() -> None:
