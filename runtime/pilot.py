@@ -82,8 +82,7 @@ class Pilot:
         self._beside = ByteRate()
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._reach_ns, self._reach_ms = 0, FIRST_REACH_MS
-        self._held_ns = 0
-        self._tells_ns = 0  # from when on frames went up by the plan in force, with nothing in the pipe from before
+        self._held_ns = self._tells_ns = 0  # a frame was last held; frames have nothing of other plans before them
         self.known = self._estimates(0)
         self.decision: Decision = plan(tables, self.known, objective, 0, None, budget_ms=budget_ms)
 
@@ -167,8 +166,9 @@ class Pilot:
                 self.missed(sent_ns, now_ns)
 
     def reconnected(self) -> None:
-        """The connection is another one: what was on its way is gone."""
+        """The connection is another one: what was on its way is gone, and frames stand alone first, of another scene."""
         self._flying.clear()
+        self._sizes.clear()
         self._link.reconnected()
         self._silent_ns, self._silent_ms = 0, FIRST_PROBE_MS
         self._news = True

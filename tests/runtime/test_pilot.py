@@ -283,6 +283,16 @@ def test_what_waits_behind_an_earlier_plans_frames_speaks_against_no_plan() -> N
     assert flown.limits.rung == "full"
 
 
+def test_what_frames_cost_before_another_connection_says_nothing_of_those_after_it() -> None:
+    flown = pilot()
+    now = talk(flown, 1000, 12, size=100)
+    flown.step((now + 500) * MS)
+    assert flown.known.bytes_ratio["transform"][0] < 0.8
+    flown.reconnected()
+    flown.step((now + 600) * MS)
+    assert not flown.known.bytes_ratio
+
+
 def test_what_has_gone_with_its_connection_cannot_be_withdrawn() -> None:
     flown = pilot()
     now = talk(flown, 1000, 12)
