@@ -166,7 +166,7 @@ class Pilot:
                 self.missed(sent_ns, now_ns)
 
     def reconnected(self) -> None:
-        """The connection is another one: what was on its way is gone, and frames stand alone first, of another scene."""
+        """The connection is another one: what was on its way is gone, and frames stand alone again."""
         self._flying.clear()
         self._sizes.clear()
         self._link.reconnected()
