@@ -42,7 +42,6 @@ class LinkEstimator:
         self._goodput = GoodputFilter()
         self._outcomes: OrderedDict[int, bool] = OrderedDict()  # by when it went up: whether an answer came
         self._told: float | None = None
-        self._node_ms = 0.0
         self._heard_ns: int | None = None
         self._answered_sent_ns = -1  # when the frame went up that was sent last among those with a word
         self._rtt_ms = 0.0
@@ -71,8 +70,7 @@ class LinkEstimator:
             Whether it has changed a good deal of what was known.
         """
         self._hear(sent_ns, replied_ns)
-        self._node_ms = max(0.0, node_ms)
-        self._goodput.passed(sent_ns / 1e6, replied_ns / 1e6 - self._node_ms)
+        self._goodput.passed(sent_ns / 1e6, replied_ns / 1e6 - max(0.0, node_ms))
         goodput = self._goodput.estimate()[0]
         return self._told is None or not 1 / NEWS_RATIO < goodput / self._told < NEWS_RATIO
 

@@ -112,6 +112,16 @@ def test_a_way_that_becomes_longer_is_not_taken_for_slowness_for_long() -> None:
     assert rtt_ms == pytest.approx(RTT_MS + 200, rel=0.1)
 
 
+def test_rare_frames_tell_a_longer_way_as_soon_as_others() -> None:
+    known, pipe = GoodputFilter(), Pipe(125e3)
+    end_ms = talk(known, pipe, various(20), gap_ms=2000)
+    for number, size in enumerate(various(8)):
+        sent_ms = end_ms + 2000.0 * (number + 1)
+        known.sent(sent_ms, size)
+        known.passed(sent_ms, pipe.answered_ms(sent_ms, size) + 200)
+    assert known.estimate()[2] == pytest.approx(RTT_MS + 200, rel=0.1)
+
+
 @given(st.integers(100, 1400))
 def test_small_frames_do_not_tell_that_a_link_is_quick(size: int) -> None:
     known = GoodputFilter()

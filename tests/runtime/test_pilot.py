@@ -226,6 +226,19 @@ def test_a_lost_link_is_never_full_and_what_went_up_long_ago_is_forgotten() -> N
     assert not flown.full((now + 12_001) * MS)
 
 
+def test_answers_that_took_longer_than_frames_are_followed_still_tell_of_the_link() -> None:
+    flown = pilot()
+    for number in range(3):
+        sent = (1000 + 100 * number) * MS
+        flown.sent(sent, 1000, WAY, encode_ms=3.0)
+    flown.step(13_000 * MS)
+    for number in range(3):
+        flown.replied((1000 + 100 * number) * MS, (13_000 + 100 * number) * MS, NODE, late=True)
+    flown.step(13_300 * MS)
+    assert flown.known.link.goodput is not None
+    assert flown.known.node_ms["segment2"] == pytest.approx(18)
+
+
 def test_a_node_that_was_slow_once_is_asked_again() -> None:
     flown = pilot()
     now = talk(flown, 1000, 12)
