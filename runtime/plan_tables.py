@@ -86,6 +86,7 @@ class Predictions:
     local_ms: Floats  # of work on this device
     transfer_ms: Floats  # of a large frame (95th percentile of bytes) on the link
     share: Floats  # of the frames no exit answers: what the link can carry
+    wanted: Floats  # bytes a second that would go up while frames come that no exit answers
     frame_bytes: Floats  # as `bytes`, were the link to carry all of them
     large_bytes: Floats  # of a large frame's message
     fits: NDArray[np.bool_]  # whether that is no more than the broker takes
@@ -171,6 +172,7 @@ class Tables:
             local_ms=local,
             transfer_ms=transfer_ms,
             share=share,
+            wanted=wanted,
             frame_bytes=goes_up * typical,
             large_bytes=large,
             fits=large <= known.max_packet_bytes,

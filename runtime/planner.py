@@ -283,7 +283,7 @@ def _forced(
 def _uncarried(tables: Tables, said: Predictions, here: int, there: int, known: Estimates) -> str:
     """Sentence of a move away from what the link cannot carry."""
     change, speed = _change(tables.candidates[here], tables.candidates[there]), (known.link.goodput or 0.0) * 8 / 1000
-    wanted = said.frame_bytes[here] * known.frames_per_second * 8 / 1000
+    wanted = said.wanted[here] * 8 / 1000
     other = known.other_bytes * 8 / 1000
     return f"{change}: {wanted:,.0f} kbit/s would go up, {other:,.0f} beside frames, the link carries {speed:,.0f}"
 

@@ -352,6 +352,10 @@ def test_a_burst_of_frames_that_no_exit_answers_has_to_pass_as_well() -> None:
     assert TABLES.predict(calm).share[then.index] == 1, "on average the link carries it"
     assert TABLES.predict(burst).share[then.index] < 1
     assert TABLES.predict(burst).share[now.index] > TABLES.predict(burst).share[then.index]
+    wanted = TABLES.predict(burst).wanted[then.index]
+    left = plan(TABLES, burst, objective, 1, then, budget_ms=BUDGET_MS)
+    assert left.reason == "goodput"
+    assert f": {wanted * 8 / 1000:,.0f} kbit/s would go up" in left.why, "in the burst, not on average"
 
 
 def test_what_frames_really_cost_counts() -> None:
